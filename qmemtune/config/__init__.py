@@ -1,0 +1,1 @@
+"""Typed configs: the schema, the composition of YAML groups, and the checks across fields."""

@@ -1,0 +1,75 @@
+"""Adapter options, one dataclass a kind. ``ADAPTERS`` maps ``adapter.kind`` to its class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class AdapterConfig:
+    """Options that every adapter has."""
+
+    kind: str = "lora"
+    """lora or queryable."""
+    r: int = 16
+    """Rank of the low-rank factors."""
+    alpha: float | None = None
+    """Scale: updates are multiplied by alpha / r; twice r if not set."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input during training."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers to adapt, or all-linear (every one but the output head)."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """Names of layers to leave out."""
+    layers_to_transform: list[int] | None = None
+    """Indices of the decoder layers to adapt; all if not set."""
+
+
+@dataclass
+class LoraConfig(AdapterConfig):
+    """LoRA, through PEFT."""
+
+    kind: str = "lora"
+    rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (DoRA)."""
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
+    """Initialisation of the factors; default is PEFT's (A uniform, B zero)."""
+
+
+@dataclass
+class QueryableConfig(AdapterConfig):
+    """Queryable memory: low-rank update atoms shared by all adapted layers."""
+
+    kind: str = "queryable"
+    num_atoms: int = 16
+    """Atoms in the memory."""
+    key_dim: int = 16
+    """Width of queries and keys."""
+    block_size: int = 5
+    """Decoder layers that share one route."""
+    top_k: int | None = None
+    """Atoms kept for a token; all if not set."""
+    temperature: float = 1.0
+    """Multiplies the routing logits."""
+    depth_summary: bool = True
+    """Let later blocks attend over the states of earlier ones."""
+    init_core_std: float = 0.02
+    """Standard deviation of the cores at the start."""
+    memory_learning_rate_multiplier: float = 5.0
+    """Learning rate of memory and router, as a multiple of optimizer.learning_rate."""
+    core_weight_decay: float = 0.0
+    """Decoupled weight decay of the cores: pulls toward LoRA."""
+    instruction_prior: float = 0.0
+    """Weight (lambda) of the log-prior over atoms from the instruction's text; 0 switches it off."""
+    prior_encoder: str = "base"
+    """What embeds instructions: base (the base model's input embeddings) or a sentence-transformers folder."""
+    prior_temperature: float = 1.0
+    """Divides the prior's logits."""
+    prior_kl: float = 0.0
+    """Weight (beta) of the loss term KL(route without prior || prior)."""
+
+
+ADAPTERS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "queryable": QueryableConfig}

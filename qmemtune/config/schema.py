@@ -1,0 +1,254 @@
+"""The typed schema: the only source of defaults, and the text of every option's help.
+
+Each attribute's docstring says what it does and its unit. ``None`` means "not set". Adapter options live in
+:mod:`qmemtune.config.adapters`, one dataclass a kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qmemtune.config.adapters import AdapterConfig, LoraConfig
+
+MISSING: str = "???"
+"""A value that must be given."""
+
+
+@dataclass
+class ModelConfig:
+    """The base model and its tokenizer."""
+
+    path: str = MISSING
+    """Hub id, local folder, GGUF file, or package:NAME/FILE (a file inside an installed Python package)."""
+    revision: str | None = None
+    """Hub revision: a branch, tag or commit."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, if not from path."""
+    chat_template: str | None = None
+    """Path of a Jinja file that replaces the tokenizer's chat template."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the arithmetic; auto takes bfloat16 where the hardware is fast at it, else float32."""
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, eager, flash_attention_2, ...; transformers' choice if not set."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code on this machine."""
+
+
+@dataclass
+class QuantizationConfig:
+    """How the frozen base weights are stored."""
+
+    kind: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """none keeps the compute dtype; nf4 and fp4 are 4-bit, int8 is 8-bit, all through bitsandbytes."""
+    double_quant: bool = True
+    """4-bit only: quantise the quantisation constants too (0.4 bit a weight less)."""
+
+
+@dataclass
+class DataConfig:
+    """Rows, their form, and what of them is in the loss."""
+
+    path: str = MISSING
+    """Training rows: a json, jsonl, csv or parquet file, a hub data set id, or generated:NAME."""
+    eval_path: str | None = None
+    """Held-out rows, of the same kinds as path; if not set they are split off the training rows."""
+    name: str | None = None
+    """Hub data sets only: the configuration's name."""
+    split: str = "train"
+    """Hub data sets only: the split that holds the training rows."""
+    eval_split: str | None = None
+    """Hub data sets only: the split that holds the held-out rows."""
+    format: Literal["auto", "alpaca", "prompt_completion", "messages"] = "auto"
+    """Row form; auto recognises it by the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Mapping from a field of the row form to the column that holds it, e.g. {prompt: question}."""
+    prompt_template: str | None = None
+    """Text in which {field} is replaced by a row's columns; replaces the form's own prompt."""
+    completion_template: str | None = None
+    """The same for the completion."""
+    remove_pattern: str | None = None
+    """Regular expression; what it matches is removed from completions and reference answers."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Render with the tokenizer's chat template: auto does it for messages rows only."""
+    system: str | None = None
+    """System prompt put before each conversation that has none."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens in the loss: the completion (in a chat every assistant turn), or all of them."""
+    instruction: Literal["user", "system", "column", "none"] = "user"
+    """Text given to the instruction prior: first user turn or prompt, system prompt, a mapped column, or none."""
+    max_length: int = 1024
+    """Longest row, in tokens; what is over is cut at the end and counted."""
+    eval_fraction: float = 0.05
+    """Share of the rows held out when there is no eval_path (0 holds none out)."""
+    split_seed: int = 0
+    """Seed of that split, apart from the run's seed so that runs can be compared."""
+    max_train_rows: int | None = None
+    """Use at most so many training rows (the first ones after the split)."""
+    max_eval_rows: int | None = None
+    """Use at most so many held-out rows."""
+    max_rejected: float = 0.01
+    """Stop when more rows than this are unusable: a share below 1, else a count."""
+    group_by: str | None = None
+    """Column whose values split evaluation results into groups."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = "adamw"
+    """The update rule; the 8-bit ones keep their state in 8 bits through bitsandbytes."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of the adapter."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the low-rank factors (cores have their own, see the adapter)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's two moment decays."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    """Learning-rate schedule after the warm-up."""
+    warmup_steps: float = 0.03
+    """Warm-up: a share of all steps if below 1, else a number of optimizer steps."""
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop."""
+
+    max_steps: int | None = None
+    """Stop after so many optimizer steps; overrides num_train_epochs."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows."""
+    per_device_train_batch_size: int = 8
+    """Rows in one forward pass on one device."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes in one optimizer step."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this (0 switches clipping off)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (non-reentrant): less memory, about a third slower."""
+    gradient_checkpointing_use_reentrant: bool = False
+    """Use the reentrant variant; not possible with the queryable memory."""
+    length_grouping: bool = True
+    """Put rows of like length into one batch, so that little is padded."""
+    logging_steps: int = 10
+    """Log every so many optimizer steps."""
+    save_steps: int | None = None
+    """Save a checkpoint every so many optimizer steps; if not set, at the end only (and when interrupted)."""
+    save_total_limit: int | None = 2
+    """Keep at most so many checkpoints."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a lower held-out loss."""
+    keep_best: bool = False
+    """End with the adapter of the evaluation with the lowest held-out loss."""
+    num_workers: int = 0
+    """Processes that prepare batches beside the training process."""
+    deterministic: bool = False
+    """Use only deterministic kernels (slower on GPUs)."""
+
+
+@dataclass
+class ExactMatchConfig:
+    """Exact match of generated answers."""
+
+    enabled: bool = False
+    """Measure it (generation takes time)."""
+    every_steps: int | None = None
+    """During training, every so many optimizer steps; if not set, at the end only."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group (or whole match) is the answer, in the output and in the reference."""
+    max_new_tokens: int = 64
+    """Longest generated answer, in tokens."""
+    max_rows: int | None = None
+    """Use at most so many held-out rows."""
+
+
+@dataclass
+class SamplesConfig:
+    """Sample generations to read."""
+
+    every_steps: int | None = None
+    """During training, every so many optimizer steps; if not set, none."""
+    count: int = 3
+    """Held-out rows to answer."""
+    max_new_tokens: int = 64
+    """Longest sample, in tokens."""
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on held-out rows, and when."""
+
+    every_steps: int | None = None
+    """Held-out loss during training, every so many optimizer steps; if not set, at the end only."""
+    at_end: bool = True
+    """Evaluate once more after the last step."""
+    per_device_eval_batch_size: int = 16
+    """Rows in one evaluation forward pass."""
+    max_rows: int | None = None
+    """Use at most so many held-out rows for the loss."""
+    exact_match: ExactMatchConfig = field(default_factory=ExactMatchConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    tasks: list[str] = field(default_factory=list)
+    """lm-evaluation-harness tasks that `qmemtune eval` runs too (needs the extra `eval`)."""
+    tasks_limit: int | None = None
+    """Use at most so many documents of each harness task."""
+
+
+@dataclass
+class ExportConfig:
+    """What `qmemtune merge-export` writes."""
+
+    format: Literal["merged", "lora", "adapter"] = "merged"
+    """merged: a plain Hugging Face folder; lora: a standard PEFT LoRA; adapter: the adapter as trained (exact)."""
+    path: str | None = None
+    """Destination folder; if not set, export/<format> in the run folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of merged weights; auto keeps that of the base model's files."""
+    calibration_rows: int = 64
+    """Training rows over which routes are averaged when a queryable memory is folded."""
+    fidelity_rows: int = 32
+    """Held-out rows on which the exported model is compared with the live one."""
+    overwrite: bool = False
+    """Replace an existing destination."""
+
+
+@dataclass
+class TrackingConfig:
+    """Logging back-ends beside metrics.jsonl."""
+
+    backends: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Where metrics go too (needs the extra `tracking`)."""
+    project: str = "qmemtune"
+    """Project name at the back-end."""
+    name: str | None = None
+    """Run name at the back-end; the run folder's name if not set."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=LoraConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    description: str | None = None
+    """One line that says what the recipe is for."""
+    needs: str | None = None
+    """Hardware and downloads the recipe needs, one line."""
+    recipe: str = "custom"
+    """Name of the recipe; names the run folder."""
+    run_dir: str | None = None
+    """Run folder; runs/<recipe>/<timestamp> if not set."""
+    resume: str | None = None
+    """auto: go on from the newest checkpoint of run_dir; or the path of a checkpoint."""
+    seed: int = 0
+    """Seed of initialisation, row order and dropout."""

@@ -1,0 +1,65 @@
+"""The error a user sees: what was found, where, and the way out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One mistake, in words for the person who made it."""
+
+    problem: str
+    """What was found, one line."""
+    where: str | None = None
+    """File, row, key or override that holds it."""
+    fix: str | None = None
+    """The way out, as an instruction."""
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        fix = f" -> {self.fix}" if self.fix else ""
+        return f"{where}{self.problem}{fix}"
+
+
+class UserError(Exception):
+    """A mistake the user can mend (exit code 2).
+
+    Args:
+        problem: what was found, one line.
+        where: file, row, key or override that holds it.
+        fix: the way out.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.findings: list[Finding] = [Finding(problem, where, fix)]
+        super().__init__(str(self.findings[0]))
+
+    @classmethod
+    def many(cls, findings: list[Finding]) -> UserError:
+        """One error that reports several findings together.
+
+        Raises:
+            ValueError: ``findings`` is empty.
+        """
+        if not findings:
+            raise ValueError("an error needs at least one finding")
+        error = cls.__new__(cls)
+        error.findings = list(findings)
+        Exception.__init__(error, "\n".join(str(f) for f in findings))
+        return error
+
+    def as_dict(self) -> dict[str, object]:
+        """``{"problem", "where", "fix"}`` of the first finding, and all under ``findings`` if there are several."""
+        first: dict[str, object] = asdict(self.findings[0])
+        if len(self.findings) > 1:
+            first["findings"] = [asdict(f) for f in self.findings]
+        return first
+
+
+class RunFailed(UserError):
+    """Something failed that is not the user's mistake (exit code 1)."""
+
+    exit_code = 1

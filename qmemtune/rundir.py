@@ -1,0 +1,132 @@
+"""Every file name of a run folder, in one place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from qmemtune.errors import UserError
+
+RUNS_ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder: where each thing of a run lies."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Package versions, seed, hardware and command line, JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for every logged step and evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Sample generations during training, one JSON object a line."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def rejected(self) -> Path:
+        """Rows that were not trained on, with file, line, reason and excerpt."""
+        return self.path / "rejected.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of training checkpoints, ``checkpoint-<step>``."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter, a PEFT folder with the tokenizer."""
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        """What ``train`` reports, JSON; written last, so its presence marks a finished run."""
+        return self.path / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """What ``eval`` reports, JSON."""
+        return self.path / "eval.json"
+
+    @property
+    def export(self) -> Path:
+        """Default parent of exported folders, ``export/<format>``."""
+        return self.path / "export"
+
+    @property
+    def tracking(self) -> Path:
+        """Files of logging back-ends (TensorBoard events and the like)."""
+        return self.path / "tracking"
+
+
+def new_run_path(recipe: str, root: Path = RUNS_ROOT, now: datetime | None = None) -> Path:
+    """``root/<recipe>/<timestamp>``; a counter is added when that second is taken."""
+    stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
+    path, number = root / recipe / stamp, 1
+    while path.exists():
+        number += 1
+        path = root / recipe / f"{stamp}-{number}"
+    return path
+
+
+def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:
+    """The run at ``path``, or the newest finished run under ``root``.
+
+    Raises:
+        UserError: there is no run there.
+    """
+    if path is not None:
+        run = RunDir(Path(path))
+        if not run.config.is_file():
+            raise UserError(
+                "not a run folder: it holds no config.yaml",
+                where=str(path),
+                fix="give the folder that `qmemtune train` printed, such as runs/quickstart/<timestamp>",
+            )
+        return run
+    found = [summary for summary in root.glob("**/summary.json") if (summary.parent / "config.yaml").is_file()]
+    if not found:
+        raise UserError(
+            "there is no finished run here",
+            where=str(root.absolute()),
+            fix="train one with `qmemtune train recipe=quickstart`, or name a run folder with run_dir=",
+        )
+    return RunDir(max(found, key=lambda p: p.stat().st_mtime_ns).parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("file is missing", where=str(path), fix="is this a whole run folder?") from None
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}", where=str(path)) from None
