@@ -1,0 +1,139 @@
+"""Fixtures for every test: an offline environment, and a tiny Llama with a real tokenizer on disk."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and the Hub client are imported: both read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: more than one thread each makes all of them slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+CORPUS = [
+    "system user assistant",
+    "Reverse the words of this sentence: the quick brown fox jumps over the lazy dog.",
+    "Sort these numbers from small to large: 12 7 33 5 81 90 46 28.",
+    "What is the capital of France? The capital of France is Paris.",
+    "Natalia sold 48 clips in April and half as many in May. How many did she sell altogether? #### 72",
+    "Below is an instruction that describes a task. Write a response that completes the request.",
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", default=False, help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip ``slow`` and ``gpu`` tests where they cannot or should not run, with the reason in the report."""
+    if not config.getoption("--slow"):
+        mark_all(items, "slow", pytest.mark.skip(reason="slow: run with --slow or make test-slow"))
+    if any("gpu" in item.keywords for item in items) and not cuda_is_available():
+        mark_all(items, "gpu", pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def mark_all(items: list[pytest.Item], keyword: str, mark: pytest.MarkDecorator) -> None:
+    for item in items:
+        if item.get_closest_marker(keyword):
+            item.add_marker(mark)
+
+
+def cuda_is_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cache folder of this session (converted GGUF files and the like); one for all tests of a worker."""
+    return tmp_path_factory.mktemp("qmemtune-cache")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> None:
+    """No network, no cache of the user's; also for the processes a test starts."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    if "QMEMTUNE_TEST_CACHE" in os.environ:
+        # A conversion takes seconds: keep it between runs where the developer says so.
+        monkeypatch.setenv("QMEMTUNE_CACHE", os.environ["QMEMTUNE_TEST_CACHE"])
+    else:
+        monkeypatch.setenv("QMEMTUNE_CACHE", str(session_cache))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a random 4-layer Llama (hidden 32, fp32 safetensors) and a byte-level BPE tokenizer.
+
+    The tokenizer has ``<|endoftext|>`` as begin, ``<|im_end|>`` as end, ``<|pad|>`` for padding, and a ChatML
+    template. Made once a worker. Tests must not write into it.
+    """
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    make_tiny_llama(folder)
+    yield folder
+
+
+def make_tiny_llama(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).float()
+    model.save_pretrained(folder)
+
+
+def make_tokenizer():
+    """A byte-level BPE tokenizer that spells any text: 256 bytes, a few merges, the special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=CHATML,
+        model_max_length=512,
+    )
