@@ -1,0 +1,18 @@
+"""Adapters: ordinary LoRA through PEFT, and the queryable memory.
+
+Importing this package makes PEFT know the queryable memory.
+"""
+
+from qmemtune.adapters.build import apply_adapter, auxiliary_loss, describe, parameter_groups
+from qmemtune.adapters.instructions import InstructionSource
+from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
+
+__all__ = [
+    "InstructionSource",
+    "QueryableMemoryConfig",
+    "apply_adapter",
+    "auxiliary_loss",
+    "describe",
+    "memory_of",
+    "parameter_groups",
+]

@@ -1,0 +1,169 @@
+"""From adapter options to an adapted model and its optimizer groups."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
+from qmemtune.adapters.queryable.encoders import sentence_embedding_dim
+from qmemtune.adapters.queryable.memory import MEMORY_NAME
+from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
+from qmemtune.errors import Finding, UserError
+
+ALL_LINEAR = "all-linear"
+
+
+def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> PeftModel:
+    """Adapt a base model; the base's weights are frozen.
+
+    Args:
+        model: a causal language model, quantised or not.
+        config: LoRA or queryable memory options.
+        seed: seed of the adapter's initial weights, which depend on nothing else.
+
+    Raises:
+        UserError: targets that match nothing, or an adapter this base cannot have.
+    """
+    check_targets(model, config)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            adapted = get_peft_model(model, peft_config(config))
+        except ValueError as error:
+            raise UserError(str(error), where="adapter") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def peft_config(config: AdapterConfig) -> PeftConfig:
+    """PEFT's config for our adapter options."""
+    targets: Any = ALL_LINEAR if ALL_LINEAR in config.target_modules else list(config.target_modules)
+    common: dict[str, Any] = {
+        "r": config.r,
+        "target_modules": targets,
+        "exclude_modules": list(config.exclude_modules) or None,
+        "layers_to_transform": config.layers_to_transform,
+        "task_type": "CAUSAL_LM",
+    }
+    alpha = 2 * config.r if config.alpha is None else config.alpha
+    if isinstance(config, LoraConfig):
+        return PeftLoraConfig(
+            lora_alpha=alpha,
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            init_lora_weights=True if config.init == "default" else config.init,
+            **common,
+        )
+    assert isinstance(config, QueryableConfig)
+    prior_dim = None
+    if config.instruction_prior and config.prior_encoder != "base":
+        prior_dim = sentence_embedding_dim(config.prior_encoder)
+    return QueryableMemoryConfig(
+        alpha=alpha,
+        dropout=config.dropout,
+        num_atoms=config.num_atoms,
+        key_dim=config.key_dim,
+        block_size=config.block_size,
+        top_k=config.top_k,
+        temperature=config.temperature,
+        depth_summary=config.depth_summary,
+        init_core_std=config.init_core_std,
+        instruction_prior=config.instruction_prior,
+        prior_encoder=config.prior_encoder,
+        prior_dim=prior_dim,
+        prior_temperature=config.prior_temperature,
+        prior_kl=config.prior_kl,
+        **common,
+    )
+
+
+def check_targets(model: nn.Module, config: AdapterConfig) -> None:
+    """Find target names and layer indices that match nothing.
+
+    Raises:
+        UserError: with every such name and the nearest one that exists.
+    """
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    findings = []
+    for key in ("target_modules", "exclude_modules"):
+        for target in getattr(config, key):
+            if target == ALL_LINEAR or any(n == target or n.endswith(f".{target}") for n in linear):
+                continue
+            near = difflib.get_close_matches(target, endings, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"this model has {', '.join(endings)}"
+            findings.append(Finding(f"{target!r} matches no linear layer of the model", f"adapter.{key}", hint))
+    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for index in config.layers_to_transform or []:
+        if layers is not None and not 0 <= index < layers:
+            problem = f"there is no decoder layer {index}: the model has {layers}"
+            findings.append(Finding(problem, "adapter.layers_to_transform", f"use indices from 0 to {layers - 1}"))
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if isinstance(config, LoraConfig) and quantised and config.init in ("pissa", "olora"):
+        problem = f"init {config.init} changes the base's weights, which a quantised base does not allow"
+        findings.append(Finding(problem, "adapter.init", "use adapter.init=default or quantization=none"))
+    if findings:
+        raise UserError.many(findings)
+
+
+def parameter_groups(
+    model: nn.Module, config: AdapterConfig, *, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: factors, router, cores.
+
+    The cores' gradients carry a factor B, which starts at zero, so memory and router get a learning rate of their own.
+    Decay on the cores pulls toward LoRA; it is decoupled and, as in AdamW, multiplied by the group's learning rate.
+    """
+    factors: list[Tensor] = []
+    router: list[Tensor] = []
+    cores: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if f"{MEMORY_NAME}.queryable_core." in name:
+            cores.append(parameter)
+        elif f"{MEMORY_NAME}." in name:
+            router.append(parameter)
+        else:
+            factors.append(parameter)
+    groups: list[dict[str, Any]] = [{"params": factors, "lr": learning_rate, "weight_decay": weight_decay}]
+    if isinstance(config, QueryableConfig):
+        rate = learning_rate * config.memory_learning_rate_multiplier
+        groups.append({"params": router, "lr": rate, "weight_decay": 0.0})
+        groups.append({"params": cores, "lr": rate, "weight_decay": config.core_weight_decay})
+    return groups
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """``beta * KL(route without prior || prior)`` of the last forward pass, a scalar; None where there is none."""
+    memory = memory_of(model)
+    if memory is None or not memory.divergence:
+        return None
+    terms = [memory.configs[name].prior_kl * value for name, value in memory.divergence.items()]
+    return torch.stack(terms).sum()
+
+
+def describe(model: PeftModel) -> dict[str, Any]:
+    """Facts about the adapter: kind, adapted layers, trainable parameters and, with a memory, its parts."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = memory_of(model)
+    facts: dict[str, Any] = {
+        "kind": "lora" if memory is None else "queryable",
+        "adapted_layers": len(model.base_model.targeted_module_names),
+        "trainable_parameters": trainable,
+    }
+    if memory is not None:
+        name = model.active_adapters[0]
+        facts["memory_parameters"] = sum(p.numel() for p in memory.parameters())
+        facts["num_atoms"] = memory.configs[name].num_atoms
+        facts["num_blocks"] = memory.num_blocks(name)
+    return facts

@@ -1,0 +1,88 @@
+"""Options of the queryable memory as a PEFT config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from qmemtune.adapters.queryable.registration import QUERYABLE
+
+
+@dataclass
+class QueryableMemoryConfig(PeftConfig):
+    """Config of a queryable memory: low-rank update atoms shared by all adapted layers.
+
+    An adapted linear layer computes ``W x + (alpha / r) * B (z + sum_m w_m Delta_m z)`` with ``z = A x``; the route
+    ``w`` over the ``num_atoms`` atoms is formed once a token and block of layers. Without atoms (all cores zero) it is
+    LoRA. Source: "Queryable LoRA", arXiv 2605.08423.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the low-rank factors A and B."})
+    alpha: float | None = field(default=None, metadata={"help": "Updates are multiplied by alpha / r; 2 r if None."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A during training."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (suffixes) of linear layers, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names to leave out."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the decoder layers to adapt; all if None."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that holds the decoder layers, if not a common one."}
+    )
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    num_atoms: int = field(default=16, metadata={"help": "Atoms in the memory."})
+    key_dim: int = field(default=16, metadata={"help": "Width of queries and keys."})
+    block_size: int = field(default=5, metadata={"help": "Decoder layers (in an MLP: linear layers) sharing a route."})
+    top_k: int | None = field(default=None, metadata={"help": "Atoms kept for a token; all if None."})
+    temperature: float = field(default=1.0, metadata={"help": "Multiplies the routing logits."})
+    depth_summary: bool = field(default=True, metadata={"help": "Queries attend over the states of earlier blocks."})
+    init_core_std: float = field(default=0.02, metadata={"help": "Standard deviation of the cores at the start."})
+    instruction_prior: float = field(
+        default=0.0, metadata={"help": "Weight (lambda) of the log-prior over atoms from the instruction; 0: none."}
+    )
+    prior_encoder: str = field(
+        default="base", metadata={"help": "'base' (the model's input embeddings) or a sentence-transformers folder."}
+    )
+    prior_dim: int | None = field(
+        default=None, metadata={"help": "Width of instruction embeddings; for 'base' taken from the model."}
+    )
+    prior_temperature: float = field(default=1.0, metadata={"help": "Divides the prior's logits."})
+    prior_kl: float = field(default=0.0, metadata={"help": "Weight (beta) of KL(route without prior || prior)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = QUERYABLE
+        if self.alpha is None:
+            self.alpha = 2.0 * self.r
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+        for name in ("r", "num_atoms", "key_dim", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_atoms:
+            raise ValueError(f"top_k must be between 1 and num_atoms ({self.num_atoms}), got {self.top_k}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        for name in ("temperature", "prior_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("init_core_std", "instruction_prior", "prior_kl"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.prior_kl and not self.instruction_prior:
+            raise ValueError("prior_kl has no effect while instruction_prior is 0: set instruction_prior")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform")
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the low-rank update, ``alpha / r``."""
+        assert self.alpha is not None
+        return self.alpha / self.r

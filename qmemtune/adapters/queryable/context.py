@@ -1,0 +1,102 @@
+"""What belongs to one forward pass: its routes, the states of its blocks, and its instructions.
+
+A context is tied to its forward pass, never to a thread and never to "the latest": two passes may run before one
+backward, and with gradient checkpointing a backward, which may run in another thread, computes parts of its own pass
+again. See :class:`BoundCheckpoint`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class AdapterPass:
+    """The state of one adapter in one forward pass. ``...`` are the leading dimensions of the layer's input."""
+
+    operators: dict[int, Tensor] = field(default_factory=dict)
+    """Block -> routed update ``sum_m w_m Delta_m``, (..., R, R)."""
+    owners: dict[int, int] = field(default_factory=dict)
+    """Block -> id of the layer that formed its route."""
+    states: list[Tensor] = field(default_factory=list)
+    """Summary states ``W_s h_j`` of the blocks in the order in which they ran, (..., K)."""
+    earlier: dict[int, int] = field(default_factory=dict)
+    """Block -> how many of ``states`` its route may read: those of blocks that ran before it."""
+    log_prior: Tensor | None = None
+    """Log-prior over atoms, (B, M)."""
+    divergences: list[Tensor] = field(default_factory=list)
+    """One mean KL(route without prior || prior) a block, scalars."""
+
+
+@dataclass
+class ForwardContext:
+    """One forward pass of a model."""
+
+    passes: dict[str, AdapterPass] = field(default_factory=dict)
+    """Adapter name -> its state."""
+    token_mask: Tensor | None = None
+    """1 for real tokens, 0 for padding, (B, T); None if the caller gave none."""
+
+
+class ContextHolder:
+    """The context that is current on a model, and whether a checkpointed part is being computed again."""
+
+    def __init__(self) -> None:
+        self.current: ForwardContext | None = None
+        self.recomputing = False
+        self.depth = 0
+
+    @contextmanager
+    def entered(self, context: ForwardContext | None, recomputing: bool) -> Iterator[None]:
+        """Make ``context`` current for a while."""
+        saved = self.current, self.recomputing
+        self.current, self.recomputing = context, recomputing
+        try:
+            yield
+        finally:
+            self.current, self.recomputing = saved
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` tied to the pass that is current now: its first call is the forward, later ones recompute."""
+        context, calls = self.current, 0
+
+        @functools.wraps(function)
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            with self.entered(context, recomputing=calls > 1):
+                return function(*args, **kwargs)
+
+        return bound
+
+
+class BoundCheckpoint:
+    """A checkpoint function whose recomputation sees the context of its own forward pass.
+
+    Args:
+        function: what transformers calls for a checkpointed layer, ``function(layer_forward, *args)``.
+        holder: the model's context holder.
+
+    Raises:
+        ValueError: ``function`` is the reentrant variant. It runs the layer without gradients first, so the route
+            formed there would never receive any.
+    """
+
+    def __init__(self, function: Callable[..., Any], holder: ContextHolder) -> None:
+        if getattr(function, "keywords", {}).get("use_reentrant", False):
+            raise ValueError(
+                "reentrant gradient checkpointing gives wrong router gradients: "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        self.function = function
+        self.holder = holder
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.holder.bind(function), *args, **kwargs)
+

@@ -1,0 +1,149 @@
+"""A linear layer with low-rank factors whose bottleneck passes through the routed operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from qmemtune.adapters.queryable.config import QueryableMemoryConfig
+from qmemtune.adapters.queryable.memory import NOT_MERGEABLE, QueryableMemory
+
+
+class QueryableLinear(nn.Module, BaseTunerLayer):
+    """``y = W x + (alpha / r) * B (z + sum_m w_m Delta_m z)`` with ``z = A x``.
+
+    One class serves every base layer: ``nn.Linear``, transformers' ``Conv1D``, bitsandbytes 4-bit and 8-bit. The base
+    layer computes its own product; the memory is shared and lives on the model's root.
+
+    Shapes: A (R, in_features), B (out_features, R); input (..., in_features), output (..., out_features).
+    """
+
+    adapter_layer_names = ("queryable_A", "queryable_B")
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, memory: QueryableMemory) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        if hasattr(base_layer, "support_avx512bf16_for_cpu"):
+            # bitsandbytes packs a 4-bit weight in place at the first no-grad forward in eval mode on such processors,
+            # and the packed product has no gradient: training after an evaluation would be silently wrong.
+            base_layer.support_avx512bf16_for_cpu = False
+        # In a tuple, so that the shared memory is no submodule of each layer; a deep copy still copies both together.
+        self._memory = (memory,)
+        self.queryable_A = nn.ModuleDict()
+        self.queryable_B = nn.ModuleDict()
+        self.dropout: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.block: dict[str, int] = {}
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        if isinstance(base, Conv1D):
+            self.in_features, self.out_features = base.weight.shape
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def memory(self) -> QueryableMemory:
+        """The memory shared with the other layers."""
+        return self._memory[0]
+
+    def update_layer(self, adapter_name: str, config: QueryableMemoryConfig, block: int) -> None:
+        """Add an adapter to this layer.
+
+        Args:
+            block: index of the block whose route this layer uses.
+        """
+        self.queryable_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
+        self.queryable_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
+        self.reset_parameters(adapter_name)
+        self.dropout[adapter_name] = config.dropout
+        self.scaling[adapter_name] = config.scaling
+        self.block[adapter_name] = block
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def reset_parameters(self, adapter_name: str) -> None:
+        """LoRA's initialisation: A as a linear layer's weights, B zero."""
+        weight_a, weight_b = self.queryable_A[adapter_name].weight, self.queryable_B[adapter_name].weight
+        if weight_a.device.type != "meta":
+            nn.init.kaiming_uniform_(weight_a, a=math.sqrt(5))
+            nn.init.zeros_(weight_b)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from this layer."""
+        super().delete_adapter(adapter_name)
+        for values in (self.dropout, self.scaling, self.block):
+            values.pop(adapter_name, None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See the class.
+
+        Raises:
+            ValueError: ``adapter_names`` is given (a batch that mixes adapters).
+            RuntimeError: the layer sees other tokens than the layer that formed its block's route.
+        """
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("a queryable memory cannot mix adapters within a batch: use set_adapter")
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.queryable_A:
+                result = result + self.update(name, x).to(result.dtype)
+        return result
+
+    def update(self, name: str, x: Tensor) -> Tensor:
+        """The adapter's part of the output, (..., out_features)."""
+        lora_a, lora_b = self.queryable_A[name], self.queryable_B[name]
+        dropout = self.dropout[name]
+        if dropout and self.training:
+            x = F.dropout(x, dropout)
+        z: Tensor = lora_a(self._cast_input_dtype(x, lora_a.weight.dtype))
+        operator = self.operator(name, x, z).to(z.dtype)
+        z = z + (operator @ z.unsqueeze(-1)).squeeze(-1)
+        scaled: Tensor = lora_b(z) * self.scaling[name]
+        return scaled
+
+    def operator(self, name: str, x: Tensor, z: Tensor) -> Tensor:
+        """The routed update of this layer's block, formed here if this layer runs first, (..., R, R)."""
+        memory, block = self.memory, self.block[name]
+        state = memory.pass_of(name, x)
+        context = memory.holder.current
+        assert context is not None
+        owner = state.owners.setdefault(block, id(self))
+        # When a checkpointed layer is computed again, autograd expects the same tensors to be saved in the same order:
+        # the layer that formed the route forms it again, the others take the one of their forward pass.
+        if block not in state.operators or (memory.holder.recomputing and owner == id(self)):
+            return memory.route(name, block, z, context, state)
+        operator = state.operators[block]
+        if operator.shape[:-2] == z.shape[:-1]:
+            return operator
+        if z.dim() == 2 and operator.shape[:-2].numel() == z.shape[0]:
+            # Some layers flatten batch and tokens (a mixture's gate): the tokens and their order are the same.
+            return operator.reshape(-1, *operator.shape[-2:])
+        raise RuntimeError(
+            f"a layer of {self.in_features} inputs sees tokens of shape {tuple(z.shape[:-1])}, but its block's route "
+            f"was formed for {tuple(operator.shape[:-2])}: leave it out with exclude_modules"
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the operator depends on the input."""
+        raise ValueError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def __repr__(self) -> str:
+        return "queryable." + super().__repr__()
+
+
+def supported(module: nn.Module) -> bool:
+    """Whether a module is a linear layer this adapter can wrap."""
+    return isinstance(module, (nn.Linear, Conv1D))
+

@@ -1,0 +1,338 @@
+"""The memory shared by all adapted layers of a model, and the routing over it.
+
+Tensor letters: B batch, T tokens, D model width, R rank, M atoms, K key width, N blocks, E instruction embedding.
+``...`` are the leading dimensions of a layer's input: (B, T) in a language model, (B,) in an MLP.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from qmemtune.adapters.queryable.config import QueryableMemoryConfig
+from qmemtune.adapters.queryable.context import (
+    AdapterPass,
+    BoundCheckpoint,
+    ContextHolder,
+    ForwardContext,
+)
+
+RouteObserver = Callable[[str, int, Tensor, Tensor | None], None]
+"""Called with adapter, block, route (..., M) and token mask (B, T) each time a route is formed."""
+
+MEMORY_NAME = "adapter_memory"
+"""Attribute of the base model under which the memory lives."""
+
+PER_ADAPTER = ("queryable_core", "queryable_key", "queryable_query", "queryable_block")
+SUMMARY = "queryable_summary"
+PRIOR = ("queryable_prior_projection", "queryable_prior_key")
+
+
+class QueryableMemory(nn.Module, BaseTunerLayer):
+    """Atoms and router of every adapter of one model, stored once.
+
+    The memory is a tuner layer of its own on the root of the base model. So PEFT's operations on tuner layers
+    (switching, freezing, deleting, casting, saving, loading) reach it like any other layer. Parameters are looked up
+    by attribute at run time, never kept by reference, because wrappers such as FSDP replace them.
+
+    Shapes, each in a dictionary by adapter name: core (M, R, R); key (M, K); query (N, K, R), one query projection a
+    block; block (N, K), one offset a block; summary (K, R), absent without depth summary; prior_projection (K, E) and
+    prior_key (M, K), absent without instruction prior.
+    """
+
+    adapter_layer_names = (*PER_ADAPTER, SUMMARY, *PRIOR)
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.configs: dict[str, QueryableMemoryConfig] = {}
+        self.holder = ContextHolder()
+        self.observer: RouteObserver | None = None
+        self.instruction: Tensor | None = None
+        self.divergence: dict[str, Tensor] = {}
+        self._checkpointed: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
+        self._anchor: tuple[nn.Module, ...] = ()
+        self._warned_prior = False
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters: list[str] = []
+
+    # --- construction -------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: QueryableMemoryConfig) -> None:
+        """Create an adapter's atoms; blocks are added as layers are adapted."""
+        m, r, k = config.num_atoms, config.r, config.key_dim
+        self.configs[name] = config
+        self.queryable_core[name] = nn.Parameter(torch.randn(m, r, r) * config.init_core_std)
+        self.queryable_key[name] = nn.Parameter(torch.randn(m, k))
+        self.queryable_query[name] = nn.Parameter(torch.empty(0, k, r))
+        self.queryable_block[name] = nn.Parameter(torch.empty(0, k))
+        if config.instruction_prior:
+            assert config.prior_dim is not None, "the tuner fills prior_dim before the memory is made"
+            e = config.prior_dim
+            self.queryable_prior_projection[name] = nn.Parameter(torch.randn(k, e))
+            self.queryable_prior_key[name] = nn.Parameter(torch.randn(m, k) * 0.1)
+
+    def add_block(self, name: str) -> None:
+        """Add one block's query projection, and from the second block on the depth summary's projection."""
+        config = self.configs[name]
+        k, r = config.key_dim, config.r
+        query, block = self.queryable_query[name], self.queryable_block[name]
+        new_query = torch.randn(1, k, r, device=query.device) / math.sqrt(r)
+        self.queryable_query[name] = nn.Parameter(torch.cat([query.data, new_query]))
+        self.queryable_block[name] = nn.Parameter(torch.cat([block.data, torch.zeros(1, k, device=block.device)]))
+        # A single block has nothing to summarise; an unused parameter would break data-parallel training.
+        if config.depth_summary and len(self.queryable_block[name]) == 2:
+            self.queryable_summary[name] = nn.Parameter(torch.randn(k, r) / math.sqrt(r))
+
+    def num_blocks(self, name: str) -> int:
+        """Blocks of an adapter."""
+        return len(self.queryable_block[name])
+
+    def attach(self, entries: list[nn.Module], checkpointed: list[nn.Module]) -> None:
+        """Open a context whenever one of ``entries`` is entered from outside, and close it behind.
+
+        Args:
+            entries: modules through which a forward pass may enter (the model, its decoder).
+            checkpointed: modules with transformers' ``gradient_checkpointing`` switch.
+        """
+        for entry in entries:
+            self._hooks.append(entry.register_forward_pre_hook(self._open, with_kwargs=True))
+            self._hooks.append(entry.register_forward_hook(self._close, always_call=True))
+        self._checkpointed = checkpointed
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer in self._checkpointed:
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            if isinstance(function, BoundCheckpoint):
+                layer._gradient_checkpointing_func = function.function
+
+    # --- one forward pass ---------------------------------------------------------------------------------------
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        holder = self.holder
+        holder.depth += 1
+        if holder.depth > 1:
+            return
+        mask = kwargs.get("attention_mask")
+        if not (isinstance(mask, Tensor) and mask.dim() == 2):
+            mask = None
+        holder.current = ForwardContext(token_mask=mask)
+        holder.recomputing = False
+        self.divergence = {}
+        for layer in self._checkpointed:
+            if layer.gradient_checkpointing and layer.training:
+                function = layer._gradient_checkpointing_func
+                if not (isinstance(function, BoundCheckpoint) and function.holder is holder):
+                    layer._gradient_checkpointing_func = BoundCheckpoint(function, holder)
+
+    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
+        holder = self.holder
+        holder.depth = max(0, holder.depth - 1)
+        if holder.depth or holder.current is None:
+            return
+        for name, state in holder.current.passes.items():
+            if state.divergences:
+                self.divergence[name] = torch.stack(state.divergences).mean()
+        holder.current = None
+
+    def pass_of(self, name: str, x: Tensor) -> AdapterPass:
+        """The state of adapter ``name`` in the current forward pass; made on first use.
+
+        Args:
+            x: input of the layer that asks, (..., D).
+
+        Raises:
+            RuntimeError: no forward pass is open.
+        """
+        context = self.holder.current
+        if context is None:
+            raise RuntimeError(
+                "a layer with a queryable memory was called outside its model's forward pass, or recomputed by a "
+                "checkpoint function that is not the model's own: call the model, and switch checkpointing on with "
+                "model.gradient_checkpointing_enable({'use_reentrant': False})"
+            )
+        state = context.passes.get(name)
+        if state is None:
+            state = context.passes[name] = AdapterPass()
+            if self.configs[name].instruction_prior:
+                state.log_prior = self._log_prior(name, x)
+        return state
+
+    # --- routing ------------------------------------------------------------------------------------------------
+
+    def route(self, name: str, block: int, z: Tensor, context: ForwardContext, state: AdapterPass) -> Tensor:
+        """Form the route of a block and the routed update of its tokens.
+
+        Args:
+            name: adapter.
+            block: index of the block.
+            z: low-rank state of the block's first layer, (..., R), any float type; routing computes in float32.
+
+        Returns:
+            ``sum_m w_m Delta_m``, (..., R, R), float32.
+        """
+        config = self.configs[name]
+        recording = not self.holder.recomputing
+        with torch.autocast(z.device.type, enabled=False):
+            normed = rms_norm(z.float())
+            query = F.linear(normed, self.queryable_query[name][block].float(), self.queryable_block[name][block].float())
+            if name in self.queryable_summary:
+                # Recomputation meets the states of later blocks too; a route reads those that ran before it.
+                earlier = state.states[: state.earlier.setdefault(block, len(state.states))]
+                if earlier:
+                    query = query + attend(query, torch.stack(earlier, dim=-2))
+            logits = F.linear(query, self.queryable_key[name].float()) * (config.temperature / math.sqrt(config.key_dim))
+            prior = state.log_prior
+            if prior is not None:
+                prior = prior.view(prior.shape[0], *[1] * (logits.dim() - 2), prior.shape[-1])
+                if config.prior_kl:
+                    divergence = self._divergence(logits, prior, context)
+                    if recording:
+                        state.divergences.append(divergence)
+                logits = logits + config.instruction_prior * prior
+            weights = top_k_softmax(logits, config.top_k)
+            core = self.queryable_core[name].float()
+            operator = (weights @ core.flatten(1)).unflatten(-1, core.shape[1:])
+            summary = None
+            if name in self.queryable_summary and block < self.num_blocks(name) - 1:
+                routed = normed_state(z.float(), operator)
+                summary = F.linear(routed, self.queryable_summary[name].float())
+        if recording:
+            state.operators[block] = operator
+            if summary is not None:
+                state.states.append(summary)
+            if self.observer is not None:
+                self.observer(name, block, weights.detach(), context.token_mask)
+        return operator
+
+    # --- instruction prior --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def instructed(self, embeddings: Tensor) -> Iterator[None]:
+        """Give the rows of the forward passes inside their instructions.
+
+        Args:
+            embeddings: unit-norm instruction embeddings, (B, E); a row of zeros is a row without instruction.
+        """
+        saved, self.instruction = self.instruction, embeddings
+        try:
+            yield
+        finally:
+            self.instruction = saved
+
+    def _log_prior(self, name: str, x: Tensor) -> Tensor:
+        """``log p(m | u)``, (B, M), for the rows of ``x`` (B, ..., D); zeros, hence no effect, without instruction."""
+        config = self.configs[name]
+        projection, key = self.queryable_prior_projection[name].float(), self.queryable_prior_key[name].float()
+        rows = x.shape[0]
+        given = self.instruction
+        if given is None:
+            if self.training and not self._warned_prior:
+                self._warned_prior = True
+                warnings.warn(
+                    "the instruction prior has no effect in this training: no instruction reaches the adapter",
+                    stacklevel=2,
+                )
+            given = projection.new_zeros(1, projection.shape[1])
+        given = given.to(projection)
+        if rows % given.shape[0]:
+            raise RuntimeError(f"{given.shape[0]} instructions were given for a batch of {rows} rows")
+        given = given.repeat_interleave(rows // given.shape[0], dim=0)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(F.linear(given, projection), key) / config.prior_temperature
+            # Rows without an instruction multiply by zero instead of leaving out: every parameter takes part in every
+            # batch, which data-parallel training needs.
+            present = (given != 0).any(dim=-1, keepdim=True)
+            return F.log_softmax(logits, dim=-1) * present
+
+    def _divergence(self, logits: Tensor, prior: Tensor, context: ForwardContext) -> Tensor:
+        """Mean KL(route without prior || prior) over real tokens of rows with an instruction, a scalar."""
+        log_route = F.log_softmax(logits, dim=-1)
+        each = (log_route.exp() * (log_route - prior)).sum(dim=-1)
+        weight = (prior != 0).any(dim=-1).expand(each.shape).to(each.dtype)
+        mask = context.token_mask
+        if mask is not None and mask.shape == each.shape:
+            weight = weight * mask
+        return (each * weight).sum() / weight.sum().clamp_min(1.0)
+
+    # --- PEFT ---------------------------------------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter's atoms and router."""
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: see :meth:`QueryableMemoryModel.merge_and_unload`."""
+        raise ValueError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if device is None and self._anchor:
+            device = self._anchor[0].weight.device
+        if device is None or device.type == "meta":
+            return
+        for attribute in self.adapter_layer_names:
+            values = getattr(self, attribute)
+            if adapter_name in values and values[adapter_name].device.type != "meta":
+                values[adapter_name] = nn.Parameter(
+                    values[adapter_name].data.to(device), requires_grad=values[adapter_name].requires_grad
+                )
+
+
+NOT_MERGEABLE = (
+    "a queryable memory depends on its input and cannot be merged into fixed weights exactly; "
+    "`qmemtune merge-export` folds it into static ones and measures how far they are from the live model"
+)
+
+
+def rms_norm(z: Tensor) -> Tensor:
+    """``z / rms(z)`` over the last dimension."""
+    return z * torch.rsqrt(z.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def normed_state(z: Tensor, operator: Tensor) -> Tensor:
+    """``h = rmsnorm(C z)`` with ``C = I + operator``. Shapes: z (..., R), operator (..., R, R)."""
+    return rms_norm(z + (operator @ z.unsqueeze(-1)).squeeze(-1))
+
+
+def attend(query: Tensor, states: Tensor) -> Tensor:
+    """Attention of one query over the states of earlier blocks. Shapes: query (..., K), states (..., J, K)."""
+    scores = (states @ query.unsqueeze(-1)).squeeze(-1) / math.sqrt(query.shape[-1])
+    return (scores.softmax(dim=-1).unsqueeze(-2) @ states).squeeze(-2)
+
+
+def top_k_softmax(logits: Tensor, top_k: int | None) -> Tensor:
+    """Softmax over the ``top_k`` largest logits (all if None); the others get exactly zero. Shape (..., M)."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept = logits.topk(top_k, dim=-1).indices
+        mask = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
+        logits = logits.masked_fill(mask, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def memory_of(model: nn.Module) -> QueryableMemory | None:
+    """The memory of a model, whatever wraps it; None if it has none."""
+    for module in model.modules():
+        if isinstance(module, QueryableMemory):
+            return module
+    return None

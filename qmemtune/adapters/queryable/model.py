@@ -1,0 +1,115 @@
+"""The tuner: puts the memory on the model's root and adapted layers in place of linear ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from qmemtune.adapters.queryable.blocks import BlockPlan, refuse_unroutable
+from qmemtune.adapters.queryable.config import QueryableMemoryConfig
+from qmemtune.adapters.queryable.layer import QueryableLinear, supported
+from qmemtune.adapters.queryable.memory import MEMORY_NAME, NOT_MERGEABLE, QueryableMemory
+
+
+class QueryableMemoryModel(BaseTuner):
+    """Adapts a model with a queryable memory; made by PEFT's ``get_peft_model`` from a ``QueryableMemoryConfig``.
+
+    Raises:
+        ValueError: a target is not a linear layer, or one in which per-token routes make no sense; or the model is
+            called in several threads (``torch.nn.DataParallel``), which one memory cannot serve.
+    """
+
+    prefix = "queryable_"
+    tuner_layer_cls = QueryableLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt ``model``; see :meth:`peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
+        self._plan = BlockPlan(self.peft_config[adapter_name].block_size)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        memory = getattr(model, MEMORY_NAME)
+        memory._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _prepare_model(self, peft_config: QueryableMemoryConfig, model: nn.Module) -> None:
+        if peft_config.instruction_prior and peft_config.prior_dim is None:
+            if peft_config.prior_encoder != "base" or not hasattr(model, "get_input_embeddings"):
+                raise ValueError("instruction_prior needs prior_dim, the width of the instruction embeddings")
+            peft_config.prior_dim = model.get_input_embeddings().weight.shape[-1]
+
+    def _create_and_replace(
+        self,
+        peft_config: QueryableMemoryConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, QueryableLinear) else target
+        refuse_unroutable(current_key, base, self.model)
+        if not supported(base):
+            raise ValueError(
+                f"{current_key} is a {type(base).__name__}, which a queryable memory cannot adapt: "
+                "target linear layers (nn.Linear, Conv1D, bitsandbytes) only"
+            )
+        memory = self._memory()
+        if adapter_name not in memory.configs:
+            memory.add_adapter(adapter_name, peft_config)
+        block = self._plan.block_of(current_key)
+        while memory.num_blocks(adapter_name) < self._plan.num_blocks:
+            memory.add_block(adapter_name)
+        if isinstance(target, QueryableLinear):
+            target.update_layer(adapter_name, peft_config, block)
+            return
+        layer = QueryableLinear(target, memory)
+        layer.update_layer(adapter_name, peft_config, block)
+        if not memory._anchor:
+            memory._anchor = (base,)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _memory(self) -> QueryableMemory:
+        """The model's memory, made when the first layer is adapted.
+
+        Not before: PEFT takes a tuner layer that is there when it starts for a sign of an earlier adapter and would
+        leave the base trainable.
+        """
+        if not hasattr(self.model, MEMORY_NAME):
+            memory = QueryableMemory()
+            setattr(self.model, MEMORY_NAME, memory)
+            checkpointed = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
+            memory.attach(_entries(self.model), checkpointed)
+        found: QueryableMemory = getattr(self.model, MEMORY_NAME)
+        return found
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NOT_MERGEABLE)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: a queryable memory cannot be merged into fixed weights exactly.
+
+        Raises:
+            ValueError: always; it names the verb that folds.
+        """
+        raise ValueError(NOT_MERGEABLE)
+
+    def unload(self) -> nn.Module:
+        """The base model, without adapter layers and memory."""
+        memory: QueryableMemory = getattr(self.model, MEMORY_NAME)
+        memory.detach()
+        model: nn.Module = super().unload()
+        delattr(model, MEMORY_NAME)
+        return model
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The modules through which a forward pass may enter: the model and, in a causal LM, its decoder."""
+    entries = [model]
+    if hasattr(model, "get_decoder"):
+        decoder = model.get_decoder()
+        if isinstance(decoder, nn.Module) and decoder is not model:
+            entries.append(decoder)
+    return entries
