@@ -1,0 +1,108 @@
+"""Opens a run folder: a new one, or one whose run goes on."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmemtune.config.schema import Config
+from qmemtune.engine.checkpoints import Checkpoint, complete_checkpoints, read_manifest
+from qmemtune.errors import UserError
+from qmemtune.rundir import RunDir, new_run_path
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Where a run writes, and from where it goes on."""
+
+    run: RunDir
+    checkpoint: Checkpoint | None
+    """None: training starts at step 0."""
+    notes: list[str]
+    """What the user should know about the choice."""
+
+
+def open_run(config: Config) -> Opened:
+    """Choose the run folder and the checkpoint to go on from. Writes nothing.
+
+    Raises:
+        UserError: the folder holds another run, or there is nothing to resume from.
+    """
+    if config.resume is None:
+        return Opened(new_folder(config), None, [])
+    if config.resume == "auto":
+        return newest(config)
+    checkpoint = read_manifest(Path(config.resume))
+    # A checkpoint lies in <run>/checkpoints/.
+    run = RunDir(Path(config.run_dir) if config.run_dir else checkpoint.path.absolute().parent.parent)
+    if not config.run_dir and not run.config.is_file():
+        raise UserError(
+            "the checkpoint does not lie in a run folder", where=config.resume, fix="add run_dir=FOLDER for the new run"
+        )
+    return Opened(run, checkpoint, [])
+
+
+def new_folder(config: Config) -> RunDir:
+    """The folder of a run that starts at step 0."""
+    if config.run_dir is None:
+        return RunDir(new_run_path(config.recipe))
+    run = RunDir(Path(config.run_dir))
+    again = "choose another run_dir, or add resume=auto to go on with it"
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError("run_dir is a file", where=str(run.path), fix="name a folder")
+    if run.summary.is_file():
+        raise UserError("run_dir holds a finished run", where=str(run.path), fix=again)
+    if complete_checkpoints(run.checkpoints):
+        raise UserError("run_dir holds checkpoints of an unfinished run", where=str(run.path), fix=again)
+    return run
+
+
+def newest(config: Config) -> Opened:
+    """``resume=auto``: the newest complete checkpoint of run_dir."""
+    if config.run_dir is None:
+        raise UserError(
+            "resume=auto needs to know which run to go on with",
+            where="resume",
+            fix="add run_dir=runs/<recipe>/<timestamp>, or name a checkpoint folder with resume=",
+        )
+    run = RunDir(Path(config.run_dir))
+    found = complete_checkpoints(run.checkpoints)
+    if not found:
+        return Opened(run, None, [f"no complete checkpoint in {run.checkpoints}: starting at step 0"])
+    return Opened(run, found[-1], [f"going on from {found[-1].path}"])
+
+
+def check_same_rows(checkpoint: Checkpoint, *, world_size: int, rows_per_step: int) -> None:
+    """A checkpoint's step must mean the same place in the data as it did when it was written.
+
+    Raises:
+        UserError: the number of processes or the rows of a step changed.
+    """
+    if checkpoint.world_size != world_size:
+        raise UserError(
+            f"the checkpoint was written by {checkpoint.world_size} processes, this run has {world_size}",
+            where=str(checkpoint.path),
+            fix=f"start {checkpoint.world_size} processes, as before",
+        )
+    if checkpoint.rows_per_step != rows_per_step:
+        raise UserError(
+            f"a step of the checkpoint's run has {checkpoint.rows_per_step} rows, one of this run {rows_per_step}",
+            where=str(checkpoint.path),
+            fix="use the same trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps as before",
+        )
+
+
+def resume_command(arguments: list[str], run: RunDir) -> str:
+    """The command that goes on with an interrupted run.
+
+    Args:
+        arguments: the command line of this process, ``sys.argv``.
+        run: its folder.
+    """
+    kept = [a for a in arguments[1:] if not a.startswith(("run_dir=", "resume="))]
+    if kept[:1] != ["train"]:
+        # Not started by the command line's verb (a script, a test): name what is needed, no more.
+        kept = ["train", "..."]
+    words = ["qmemtune", *kept, f"run_dir={run.path}", "resume=auto"]
+    return " ".join(shlex.quote(word) for word in words)

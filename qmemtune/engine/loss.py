@@ -1,0 +1,196 @@
+"""The training loss: cross-entropy at labelled positions only, a chunk of positions at a time.
+
+Logits of a whole batch are the largest tensor of a fine-tuning step: (B, T, V) with V above 100,000. Only labelled
+positions need them, and of these only one chunk at a time, because the gradient with respect to the hidden states can
+be taken in the forward pass, chunk by chunk, when the output head itself is frozen.
+
+Letters: B rows, T tokens, D model width, V vocabulary, N labelled positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+CHUNK = 1024
+"""Labelled positions whose logits exist at one time."""
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def shifted_targets(labels: Tensor) -> Tensor:
+    """Move labels (B, T) one place left, so that position t holds the token to be predicted there; the last is ignored."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def count_targets(labels: Tensor) -> Tensor:
+    """Positions in the loss: labels (B, T) that are not ignored, the first of a row left out. Scalar int64."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+def summed_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum of the cross-entropies at N positions, fp32 scalar; keeps the graph of all logits."""
+    total = hidden_ND.new_zeros((), dtype=torch.float32)
+    for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True):
+        total = total + F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum")
+    return total
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """:func:`summed_cross_entropy` behind a frozen head: keeps one gradient (N, D) instead of logits (N, V)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        gradient_ND = torch.empty_like(hidden_ND)
+        start = 0
+        for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True):
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                loss = F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum")
+            gradient_ND[start : start + len(hidden)] = torch.autograd.grad(loss, hidden)[0]
+            start += len(hidden)
+            total += loss.detach()
+        ctx.save_for_backward(gradient_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return (gradient_ND * grads[0]).to(gradient_ND.dtype), None, None
+
+
+class LabelledLoss:
+    """Turns one forward pass of an adapted causal language model into its summed loss.
+
+    While :meth:`installed`, the PEFT model returns ``(loss_sum, auxiliary)`` instead of logits. The call still enters
+    through the outermost module, so that data-parallel wrappers, autocast and adapter hooks see it.
+
+    Args:
+        model: a PEFT model around a causal language model.
+        auxiliary: called after the forward pass of the base model: a loss term of the adapter, or None.
+    """
+
+    def __init__(self, model: nn.Module, auxiliary: Callable[[], Tensor | None] = lambda: None) -> None:
+        self.tuner: nn.Module = model.base_model  # type: ignore[assignment]
+        self.lm: nn.Module = model.get_base_model()  # type: ignore[operator]
+        self.auxiliary = auxiliary
+        self.transform = find_transform(self.lm)
+
+    @property
+    def full_logits(self) -> bool:
+        """Whether the model's way from hidden states to logits is not known, so that it must compute all of them."""
+        return self.transform is None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace what the model returns while the block runs."""
+        lm_forward, tuner_forward = self.lm.forward, self.tuner.forward
+
+        def loss_sum(labels: Tensor, **inputs: Any) -> Tensor:
+            return self._loss_sum(lm_forward, labels, inputs)
+
+        def with_auxiliary(*args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+            total = tuner_forward(*args, **inputs)
+            # An adapter's term is complete only when the base model's forward has ended.
+            term = self.auxiliary()
+            return total, total.new_zeros(()) if term is None else term
+
+        with replaced_forward(self.lm, loss_sum), replaced_forward(self.tuner, with_auxiliary):
+            yield
+
+    def _loss_sum(self, lm_forward: Callable[..., Any], labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        targets = shifted_targets(labels)
+        labelled = targets != IGNORED
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs.update(use_cache=False, return_dict=True)
+        if self.transform is None:
+            logits = lm_forward(**inputs).logits
+            return summed_cross_entropy(logits[labelled], targets[labelled], lambda chunk: chunk)
+        return self._from_hidden(inputs, labelled, targets)
+
+    def _from_hidden(self, inputs: dict[str, Any], labelled: Tensor, targets: Tensor) -> Tensor:
+        head, transform = self.lm.get_output_embeddings(), self.transform  # type: ignore[operator]
+        assert transform is not None
+        hidden = decoder_of(self.lm)(**inputs)[0][labelled]
+
+        def logits_of(chunk: Tensor) -> Tensor:
+            return transform(head(chunk))
+
+        if len(hidden) == 0:
+            # Keeps the graph whole: a batch without labels must reach every parameter, with gradient zero.
+            return hidden.sum().float()
+        if torch.is_grad_enabled() and not any(p.requires_grad for p in head.parameters()):
+            return FrozenHeadLoss.apply(hidden, targets[labelled], logits_of)
+        return summed_cross_entropy(hidden, targets[labelled], logits_of)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one module another ``forward`` while the block runs."""
+    earlier = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if earlier is not None:
+            module.__dict__["forward"] = earlier
+
+
+def decoder_of(lm: nn.Module) -> nn.Module:
+    """The module that turns token ids into the hidden states that the output head reads."""
+    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None  # type: ignore[operator]
+    return lm.base_model if decoder is None or decoder is lm else decoder  # type: ignore[return-value]
+
+
+def transform_candidates(lm: nn.Module) -> list[Transform]:
+    """What models are known to do to the head's output: nothing, a soft cap (Gemma 2), a factor (Cohere, Granite)."""
+    text_config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config  # type: ignore[union-attr,operator]
+    candidates: list[Transform] = [lambda logits: logits]
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    if cap:
+        candidates.append(lambda logits: torch.tanh(logits / cap) * cap)
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        factor = getattr(text_config, name, None)
+        if isinstance(factor, int | float) and factor not in (0, 1):
+            candidates.append(lambda logits, factor=factor: logits * factor)  # type: ignore[misc]
+            candidates.append(lambda logits, factor=factor: logits / factor)  # type: ignore[misc]
+    return candidates
+
+
+@torch.no_grad()
+def find_transform(lm: nn.Module) -> Transform | None:
+    """The candidate that gives the model's own logits on a few tokens, or None when none does.
+
+    The model is tried rather than trusted: a family that scales its logits in a new way must not train on other
+    logits than it will be used with. Mode and random state are left as they were.
+    """
+    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None  # type: ignore[operator]
+    if head is None:
+        return None
+    device = next(lm.parameters()).device
+    modes = [(module, module.training) for module in lm.modules()]
+    tokens = torch.arange(1, 5, device=device)[None]
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    try:
+        lm.eval()
+        expected = lm(**inputs).logits.float()
+        raw = head(decoder_of(lm)(**inputs)[0])
+        for candidate in transform_candidates(lm):
+            found = candidate(raw).float()
+            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+                return candidate
+    except (TypeError, AttributeError, IndexError, KeyError):
+        # A decoder with another signature or output: the model's own forward still works.
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
+    return None

@@ -1,0 +1,55 @@
+"""metrics.jsonl and samples.jsonl: one JSON object a line, each with the step it belongs to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """Make a value JSON: numbers that JSON does not have (infinity, not-a-number) become null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class JsonLines:
+    """Appends lines to a file; each is on disk when :meth:`write` returns.
+
+    Args:
+        path: the file.
+        enabled: False in the processes that write nothing.
+    """
+
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        self.path = path
+        self.enabled = enabled
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one object."""
+        if self.enabled:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines of steps after ``step``, and a last line that a crash cut off: a resumed run writes them anew."""
+        if not self.enabled or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                belongs_to = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if belongs_to <= step:
+                kept.append(line + "\n")
+        beside = self.path.with_name(self.path.name + ".tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(self.path)

@@ -1,0 +1,90 @@
+"""Sums over a whole run, which survive interruption: loss, tokens and time."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+FILE = "totals.json"
+
+
+@dataclass
+class Window:
+    """Steps since the last logged one."""
+
+    steps: int = 0
+    loss: float = 0.0
+    """Sum of the steps' losses."""
+    tokens: int = 0
+    """Real tokens, padding left out."""
+    seconds: float = 0.0
+    """Time in training steps; evaluations and checkpoints are not in it."""
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass
+class Totals:
+    """What a run has done so far. Saved with each checkpoint, so that a resumed run logs what the whole one would."""
+
+    run: Window = field(default_factory=Window)
+    window: Window = field(default_factory=Window)
+    step_seconds: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        """Add one optimizer step: its mean loss, real tokens over all processes, and seconds."""
+        self.run.add(loss, tokens, seconds)
+        self.window.add(loss, tokens, seconds)
+        self.step_seconds.append(round(seconds, 6))
+
+    def take_window(self) -> Window:
+        """The steps since the last call."""
+        window, self.window = self.window, Window()
+        return window
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean loss over the run's steps."""
+        return self.run.loss / self.run.steps if self.run.steps else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Real tokens a second of training time."""
+        return self.run.tokens / self.run.seconds if self.run.seconds > 0 else None
+
+    @property
+    def step_s_median(self) -> float | None:
+        """Median seconds of a step; the first two, which warm caches up, are left out when there are more than four."""
+        seconds = self.step_seconds[2:] if len(self.step_seconds) > 4 else self.step_seconds
+        return median(seconds) if seconds else None
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint folder."""
+        (folder / FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Totals:
+        """Read from a checkpoint folder."""
+        stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return cls(Window(**stored["run"]), Window(**stored["window"]), stored["step_seconds"])
+
+
+class Stopwatch:
+    """Seconds since it was started, as often as asked."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began

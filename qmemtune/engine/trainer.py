@@ -1,0 +1,231 @@
+"""transformers' Trainer, with this project's loss, row order, evaluations, checkpoints and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from qmemtune.adapters import auxiliary_loss, parameter_groups
+from qmemtune.config.schema import Config
+from qmemtune.engine import checkpoints
+from qmemtune.engine.best import Best
+from qmemtune.engine.heldout import HeldOut
+from qmemtune.engine.interrupt import StopRequest
+from qmemtune.engine.loss import LabelledLoss, count_targets
+from qmemtune.engine.metrics_log import JsonLines
+from qmemtune.engine.progress import Progress
+from qmemtune.engine.rhythm import Due, Rhythm, due_at
+from qmemtune.engine.steps import StepCount
+from qmemtune.engine.totals import Stopwatch, Totals
+from qmemtune.errors import RunFailed
+
+
+@dataclass
+class Parts:
+    """What a trainer works with besides model and arguments."""
+
+    config: Config
+    sampler: Sampler[int]
+    source: Any
+    """The adapter's instruction source."""
+    heldout: HeldOut
+    steps: StepCount
+    metrics: JsonLines
+    progress: Progress
+    stop: StopRequest
+    totals: Totals
+    best: Best
+
+
+class RunTrainer(Trainer):
+    """Trains an adapter.
+
+    Args:
+        model: the PEFT model.
+        args: from :func:`qmemtune.engine.arguments.training_arguments`.
+        collator: rows to batches; a batch carries ``instruction`` beside its tensors.
+        rows: training rows.
+        parts: everything else.
+    """
+
+    # The loss is normalised over the labelled tokens of the whole step, in all processes.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, collator: Any, rows: Sequence[Any], parts: Parts
+    ) -> None:
+        self.parts = parts
+        super().__init__(model=model, args=args, data_collator=collator, train_dataset=rows)
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
+        with parts.source.context([""]):
+            self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
+        self._stopwatch = Stopwatch()
+        self._step_loss = torch.zeros((), device=args.device)
+        self._step_tokens = torch.zeros((), dtype=torch.long, device=args.device)
+        self._batches = 1
+        self._loss = 0.0
+        self._stopping = False
+
+    # Rows and order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.parts.sampler
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.parts.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of one optimizer step, and the labelled tokens in them over all processes."""
+        self._stopwatch.start()
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        labelled = sum(count_targets(batch["labels"]) for batch in batches)
+        real = sum(batch["attention_mask"].sum() for batch in batches)
+        counts = self.accelerator.reduce(torch.stack([labelled, real]).to(device), "sum")  # type: ignore[arg-type,list-item]
+        self._step_tokens = counts[1]
+        self._batches = len(batches)
+        return batches, counts[0].clamp(min=1)
+
+    # Loss and optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Cross-entropy summed over this batch's labels, divided by the labelled tokens of the whole step.
+
+        Gradients are averaged over processes, so each multiplies by their number.
+        """
+        inputs = dict(inputs)
+        instructions = inputs.pop("instruction")
+        with self.parts.source.context(instructions), self.labelled_loss.installed():
+            loss_sum, auxiliary = model(**inputs)
+        loss = loss_sum * (self.accelerator.num_processes / num_items_in_batch) + auxiliary / self._batches
+        self._step_loss += loss.detach()
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The configured optimizer over the adapter's parameter groups."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            optimizer = self.parts.config.optimizer
+            groups = parameter_groups(
+                target,
+                self.parts.config.adapter,
+                learning_rate=optimizer.learning_rate,
+                weight_decay=optimizer.weight_decay,
+            )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def check_loss(self) -> None:
+        """Take the step's mean loss over all processes; stop before the optimizer uses a broken one."""
+        self._loss = self.accelerator.reduce(self._step_loss, "mean").item()
+        self._step_loss = torch.zeros_like(self._step_loss)
+        step = self.state.global_step + 1
+        if not -float("inf") < self._loss < float("inf"):
+            raise RunFailed(
+                f"the loss of step {step} is {self._loss}",
+                where="training",
+                fix="lower optimizer.learning_rate, or use model.compute_dtype=float32; the last checkpoint is intact",
+            )
+
+    def end_step(self) -> None:
+        seconds = self._stopwatch.seconds
+        self.parts.totals.add(self._loss, int(self._step_tokens.item()), seconds)
+        self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
+        # Asked once a step, in every process at the same place: a signal reaches them at different times.
+        asked = torch.tensor(float(bool(self.parts.stop)), device=self.args.device)
+        self._stopping = self.accelerator.reduce(asked, "sum").item() > 0
+
+    def stop_requested(self) -> bool:
+        return self._stopping
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: Trainer's estimate walks over the whole model for every batch."""
+        return 0
+
+    # Logs and evaluations
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a logging step or an evaluation to metrics.jsonl, the display and the tracking back-ends."""
+        if "train_loss" in logs:
+            # Trainer's closing summary covers this process only; the run's own is made from its totals.
+            return
+        if "loss" in logs:
+            window = self.parts.totals.take_window()
+            logs["loss"] = window.loss / max(window.steps, 1)
+            logs["tokens_per_s"] = window.tokens / window.seconds if window.seconds > 0 else 0.0
+            super().log(logs, start_time)
+            line = {"event": "train", "step": self.state.global_step, **logs}
+            self.parts.metrics.write(line)
+            self.parts.progress.log(line)
+        else:
+            super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What is due at this step, called by Trainer after logging and before saving."""
+        metrics = self.measure(due_at(self.state.global_step, self.parts.config))
+        patience = self.parts.config.trainer.early_stopping_patience
+        if patience and self.parts.best.evaluations_since >= patience:
+            self.control.should_training_stop = self.control.should_save = True
+        if self.parts.stop and self.accelerator.num_processes == 1:
+            # Asked to stop while evaluating: this step is whole, there is no need for another.
+            self._stopping = True
+            self.control.should_training_stop = self.control.should_save = True
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, due: Due) -> dict[str, Any]:
+        """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
+        step, parts = self.state.global_step, self.parts
+        if due.samples:
+            parts.heldout.write_samples(self.model, step)
+        if not (due.loss or due.exact_match):
+            return {}
+        metrics = parts.heldout.measure(self.model, step, exact_match=due.exact_match)
+        self.log({f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
+        line = {"event": "evaluation", "step": step, **metrics}
+        parts.metrics.write(line)
+        parts.progress.evaluation(line)
+        parts.best.update(step, metrics["loss"], self.model)
+        return metrics
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / checkpoints.WRITING)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        root, writer = Path(self.args.output_dir), self.args.should_save
+        if writer:
+            checkpoints.begin(root)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if writer:
+            written = root / checkpoints.WRITING / f"checkpoint-{self.state.global_step}"
+            self.parts.totals.save(written)
+            self.parts.best.save(written)
+            facts: Mapping[str, int] = {
+                "step": self.state.global_step,
+                "world_size": self.args.world_size,
+                "rows_per_step": self.parts.steps.rows_per_step,
+            }
+            checkpoints.complete(written, root, dict(facts))
+            checkpoints.rotate(root, self.parts.config.trainer.save_total_limit)
+        self.accelerator.wait_for_everyone()
