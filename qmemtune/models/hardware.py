@@ -1,0 +1,89 @@
+"""Which device a run uses, and in which data type it computes there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from qmemtune.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Data types by their names in configs."""
+
+CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+"""Processor features that make bfloat16 products fast, as torch names them; each may be absent."""
+
+
+def pick_device() -> torch.device:
+    """This process's GPU if there is one (``LOCAL_RANK`` says which under a launcher), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 arithmetic is at least as fast as float32 on ``device``; found out once a process."""
+    if device.type == "cuda":
+        # Emulated bfloat16 (before Ampere) counts as supported by default; it is slower than float32.
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return _cpu_bf16_is_fast()
+
+
+@lru_cache(maxsize=1)
+def _cpu_bf16_is_fast() -> bool:
+    # The flags come first, so that a machine without the instructions always gets float32: a measurement alone
+    # could come out differently on a busy machine, and two runs of one recipe would compute in different types.
+    features = torch.cpu.get_capabilities()
+    if not any(features.get(flag, False) for flag in CPU_BF16_FLAGS):
+        return False
+    return _matmul_seconds(torch.bfloat16) <= _matmul_seconds(torch.float32)
+
+
+def _matmul_seconds(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Best of five products the size of a small model's projection, in seconds; some milliseconds in all."""
+    left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):  # the first one warms up; the best of all leaves it out by itself
+        start = clock()
+        torch.mm(left, right)
+        best = min(best, clock() - start)
+    return best
+
+
+def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """The data type of the arithmetic on ``device``.
+
+    Args:
+        setting: ``model.compute_dtype``; ``auto`` is bfloat16 where :func:`bf16_is_fast`, else float32.
+
+    Raises:
+        UserError: float16 on a CPU, or no such type.
+    """
+    if setting == "auto":
+        return torch.bfloat16 if bf16_is_fast(device) else torch.float32
+    if setting not in DTYPES:
+        raise UserError(
+            f"unknown data type {setting!r}", where="model.compute_dtype", fix=f"one of: auto, {', '.join(DTYPES)}"
+        )
+    if setting == "float16" and device.type == "cpu":
+        raise UserError(
+            "float16 trains on GPUs only: it needs loss scaling, which the CPU does not have",
+            where="model.compute_dtype",
+            fix="use auto, float32 or bfloat16",
+        )
+    return DTYPES[setting]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision for ``dtype`` on ``device``; a context that does nothing for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

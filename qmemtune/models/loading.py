@@ -1,0 +1,140 @@
+"""Load the base model and its tokenizer, ready for an adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateSyntaxError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.errors import UserError
+from qmemtune.models.bitsandbytes import bitsandbytes_config, keep_4bit_trainable
+from qmemtune.models.failures import explained
+from qmemtune.models.hardware import compute_dtype, pick_device
+from qmemtune.models.sources import Source, resolve
+
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|PAD_TOKEN|>", "<|vision_pad|>")
+"""Tokens that vocabularies keep for padding without always naming them so."""
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a pad token, and with ``model.chat_template`` if that is set.
+
+    The pad token is the tokenizer's own if it differs from the end token; else a token that the vocabulary keeps for
+    padding; else the unknown token; else the end token. Apart from the end token, so that a collator which masks
+    padding by id does not mask ends too. The vocabulary never grows.
+
+    Raises:
+        UserError: no tokenizer there, or the chat template is missing or malformed.
+    """
+    where = "model.tokenizer" if config.tokenizer else "model.path"
+    revision = None if config.tokenizer else config.revision
+    source = resolve(config.tokenizer or config.path, revision, weights=False, where=where)
+    with explained(source, where):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.location, revision=source.revision or "main", trust_remote_code=config.trust_remote_code
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            if not source.is_local or "trust_remote_code" in str(error):
+                raise
+            raise UserError(
+                f"{source.origin} holds no usable tokenizer", where=where, fix="name one with model.tokenizer="
+            ) from error
+    _set_pad_token(tokenizer)
+    if config.chat_template is not None:
+        _set_chat_template(tokenizer, Path(config.chat_template).expanduser())
+    return tokenizer
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    eos = tokenizer.eos_token
+    if tokenizer.pad_token is not None and tokenizer.pad_token != eos:
+        return
+    vocabulary = tokenizer.get_vocab()
+    kept = next((token for token in PAD_TOKENS if token in vocabulary), None)
+    unknown = tokenizer.unk_token if tokenizer.unk_token != eos else None
+    choice = kept or unknown or tokenizer.pad_token or eos
+    if choice is None:
+        raise UserError(
+            "the tokenizer has no pad, unknown or end token, so rows of different lengths cannot form a batch",
+            where="model.tokenizer",
+            fix="set pad_token in its tokenizer_config.json",
+        )
+    tokenizer.pad_token = choice
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    try:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the chat template: {error}", where="model.chat_template") from error
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"not a Jinja template: {error.message} (line {error.lineno})", where="model.chat_template"
+        ) from error
+
+
+def load_base(
+    config: ModelConfig, quantization: QuantizationConfig, *, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base model: frozen, in eval mode, on ``device``, safe to train and to evaluate in any order.
+
+    Args:
+        config: where the model comes from, and the data type of its weights and products.
+        quantization: how linear layers but the output head are stored.
+        device: where to put it; :func:`~qmemtune.models.hardware.pick_device` chooses if not given.
+
+    Raises:
+        UserError: the model cannot be found, is not a causal language model, is already quantised in another way,
+            or its files do not hold all of its weights.
+    """
+    device = device or pick_device()
+    dtype = compute_dtype(config.compute_dtype, device)
+    source = resolve(config.path, config.revision)
+    common: dict[str, Any] = {
+        "revision": source.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+    }
+    bits = bitsandbytes_config(quantization, dtype)
+    # Else transformers would ask a service on the hub to convert a model that has only pickled weights.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    with explained(source):
+        own = getattr(AutoConfig.from_pretrained(source.location, **common), "quantization_config", None)
+        if own is not None and bits is not None:
+            raise UserError(
+                f"{source.origin} is stored quantised already",
+                where="quantization.kind",
+                fix="use quantization=none to keep its own form",
+            )
+        if config.attn_implementation is not None:
+            common["attn_implementation"] = config.attn_implementation
+        if bits is not None:
+            common["quantization_config"] = bits
+        if bits is not None or own is not None or device.type != "cpu":
+            common["device_map"] = {"": device}
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+        )
+    model: PreTrainedModel = loaded[0]
+    _check_whole(source, loaded[1])
+    keep_4bit_trainable(model)
+    return model.requires_grad_(False).eval()
+
+
+def _check_whole(source: Source, info: dict[str, Any]) -> None:
+    """Refuse weights that transformers would have filled in at random, with no more than a warning."""
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"the weights of {source.origin} do not fit its config: {len(missing)} are missing or of another shape,"
+            f" {missing[0]} first",
+            where="model.path",
+            fix="is this a whole model with a causal language model's head?",
+        )
