@@ -5,7 +5,8 @@ VENV ?= .venv
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --root-user-action=ignore \
+# -qq: errors only.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --root-user-action=ignore \
 	--constraint constraints.txt
 
 RUN_READY := $(VENV)/.ready-run
