@@ -1,0 +1,108 @@
+"""Options that were given and have no effect: each becomes a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qmemtune.config.adapters import QueryableConfig
+from qmemtune.config.checks import looks_local
+from qmemtune.config.fields import fields_of
+from qmemtune.config.schema import Config
+
+
+def unused_options(config: Config, given: Mapping[str, str]) -> list[str]:
+    """One line for every given option that does nothing in this config.
+
+    Args:
+        config: a validated config.
+        given: the keys to look at, and who set each.
+    """
+    reasons = {**_model(config), **_data(config), **_adapter(config), **_training(config), **_evaluation(config)}
+    lines = [f"{given[key]}: {key} has no effect: {reason}" for key, reason in reasons.items() if key in given]
+    lines += [
+        f"{given[key]}: {key} holds a backslash followed by n, not a line break -> in bash write $'...\\n...'"
+        for key in ("data.prompt_template", "data.completion_template", "data.system")
+        if key in given and "\\n" in (_text(config, key) or "")
+    ]
+    return lines
+
+
+def _text(config: Config, key: str) -> str | None:
+    section, name = key.split(".")
+    value: str | None = getattr(getattr(config, section), name)
+    return value
+
+
+def _model(c: Config) -> dict[str, str]:
+    reasons = {}
+    local = looks_local(c.model.path) or c.model.path.startswith("package:")
+    if local and c.model.revision is not None:
+        reasons["model.revision"] = f"{c.model.path} is not on the hub"
+    if c.quantization.kind in ("none", "int8"):
+        reasons["quantization.double_quant"] = f"quantization.kind is {c.quantization.kind}"
+    return reasons
+
+
+def _data(c: Config) -> dict[str, str]:
+    reasons = {}
+    if looks_local(c.data.path) or c.data.path.startswith("generated:"):
+        for name in ("name", "split", "eval_split"):
+            reasons[f"data.{name}"] = f"{c.data.path} is no hub data set"
+    if c.data.eval_path is not None:
+        reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_path gives the held-out rows"
+        reasons["data.eval_split"] = "data.eval_path gives the held-out rows"
+    elif c.data.eval_split is not None and "data.eval_split" not in reasons:
+        reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_split gives the held-out rows"
+    elif c.data.path.startswith("generated:"):
+        reasons["data.eval_fraction"] = reasons["data.split_seed"] = f"{c.data.path} brings its held-out rows"
+    if c.data.chat == "never" and c.data.format != "messages":
+        reasons["data.system"] = "data.chat is never"
+    if c.data.format == "messages":
+        for name in ("prompt_template", "completion_template"):
+            reasons[f"data.{name}"] = "messages rows are rendered by the chat template"
+    return reasons
+
+
+def _adapter(c: Config) -> dict[str, str]:
+    reasons = {}
+    if isinstance(c.adapter, QueryableConfig):
+        if c.adapter.instruction_prior == 0:
+            for name in ("prior_encoder", "prior_temperature", "prior_kl"):
+                reasons[f"adapter.{name}"] = "adapter.instruction_prior is 0"
+        elif c.data.instruction == "none":
+            reasons["adapter.instruction_prior"] = "data.instruction is none, so no row has an instruction"
+    return reasons
+
+
+def _training(c: Config) -> dict[str, str]:
+    reasons = {}
+    if not c.trainer.gradient_checkpointing:
+        reasons["trainer.gradient_checkpointing_use_reentrant"] = "trainer.gradient_checkpointing is off"
+    if c.trainer.max_steps is not None:
+        reasons["trainer.num_train_epochs"] = f"trainer.max_steps = {c.trainer.max_steps} ends the run"
+    if c.optimizer.name in ("adafactor", "sgd"):
+        reasons["optimizer.betas"] = f"{c.optimizer.name} has none"
+        reasons["optimizer.eps"] = f"{c.optimizer.name} takes no such value"
+    if c.optimizer.schedule == "constant":
+        reasons["optimizer.warmup_steps"] = "optimizer.schedule is constant: take constant_with_warmup"
+    if not c.tracking.backends:
+        reasons["tracking.project"] = reasons["tracking.name"] = "tracking.backends is empty"
+    return reasons
+
+
+def _evaluation(c: Config) -> dict[str, str]:
+    reasons = {}
+    if not c.evaluation.exact_match.enabled:
+        for key in fields_of(c.adapter.kind):
+            if key.startswith("evaluation.exact_match.") and not key.endswith(".enabled"):
+                reasons[key] = "evaluation.exact_match.enabled is false"
+    if c.evaluation.samples.every_steps is None:
+        for name in ("count", "max_new_tokens"):
+            reasons[f"evaluation.samples.{name}"] = "evaluation.samples.every_steps is not set"
+    if not c.evaluation.tasks:
+        reasons["evaluation.tasks_limit"] = "evaluation.tasks is empty"
+    if c.export.format != "merged":
+        reasons["export.dtype"] = f"export.format is {c.export.format}"
+    if c.export.format == "adapter" or not isinstance(c.adapter, QueryableConfig):
+        reasons["export.calibration_rows"] = "nothing is folded"
+    return reasons
