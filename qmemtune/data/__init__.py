@@ -1,0 +1,1 @@
+"""Rows to text, text to token ids and labels, token ids to batches."""

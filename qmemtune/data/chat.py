@@ -1,0 +1,158 @@
+"""Conversations through the tokenizer's chat template, with the assistant's turns found exactly.
+
+A turn is found by rendering: the conversation before it with the generation prompt, and the conversation up to its
+end. Both must be beginnings of the whole rendering. Where a template writes earlier turns differently once later ones
+follow (some drop reasoning), each assistant turn becomes a row of its own, rendered as the model will see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from qmemtune.data.encode import Encoder, Segment
+from qmemtune.data.formats import Message
+from qmemtune.data.records import RowError
+from qmemtune.errors import UserError
+
+Span = tuple[int, int]
+TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+"""What a template raises by itself or by what it does with a conversation it was not written for."""
+NOT_A_PREFIX = "the chat template renders an answer differently from the prompt that asks for it"
+
+
+class ChatRenderer:
+    """Renders conversations to segments.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        encoder: its encoder.
+
+    Raises:
+        UserError: there is no chat template, or no answer can be masked safely with it.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Encoder) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "the tokenizer has no chat template, and the rows are to be rendered as a chat",
+                where="data.chat",
+                fix="use an instruction-tuned model, give a Jinja file with model.chat_template=FILE, "
+                "or use prompt/completion rows with data.chat=never",
+            )
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.ends_turns = self._probe()
+        """Whether the template ends an answer with a special token, so that generation can stop there."""
+
+    def text(self, conversation: Sequence[Message], generation_prompt: bool = False) -> str:
+        """The rendered conversation.
+
+        Raises:
+            RowError: the template refuses the conversation.
+        """
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(conversation), tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TEMPLATE_FAULTS as error:
+            raise RowError("the chat template refuses the conversation", str(error)) from error
+        return text
+
+    def _probe(self) -> bool:
+        """Check the template on the simplest conversation."""
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+        where = "the tokenizer's chat template"
+        fix = "give a Jinja file with model.chat_template=FILE whose answers begin with its generation prompt"
+        try:
+            before, whole = self.text([question], generation_prompt=True), self.text([question, answer])
+        except RowError as error:
+            raise UserError(f"it fails on a plain question and answer: {error.detail}", where=where, fix=fix) from error
+        if not whole.startswith(before):
+            raise UserError(
+                "answers cannot be masked safely: the prompt for an answer is not the beginning of the answered "
+                f"conversation (prompt ends {before[-40:]!r}, conversation {whole[-60:]!r})",
+                where=where,
+                fix=fix,
+            )
+        turn = whole[len(before) :]
+        if "answer" not in turn:
+            raise UserError("it leaves out the assistant's answer", where=where, fix=fix)
+        return self.encoder.ends_with_special(turn.rstrip())
+
+    def _turn(self, conversation: Sequence[Message], index: int) -> tuple[str, Span]:
+        """The rendering up to the end of message ``index``, and where that message's answer lies in it."""
+        before = self.text(conversation[:index], generation_prompt=True)
+        after = self.text(conversation[: index + 1])
+        if not after.startswith(before):
+            raise RowError(NOT_A_PREFIX)
+        # What follows the closing token (a line feed in ChatML) belongs to what comes next: generation stops before it.
+        closed = after.rstrip()
+        end = len(closed) if len(closed) > len(before) and self.encoder.ends_with_special(closed) else len(after)
+        return after, (len(before), end)
+
+    def _spans(self, conversation: Sequence[Message], whole: str, indices: Sequence[int]) -> list[Span] | None:
+        """Where the answers lie in ``whole``; None if it does not begin with every turn's own rendering."""
+        spans = []
+        for index in indices:
+            after, span = self._turn(conversation, index)
+            if not whole.startswith(after):
+                return None
+            spans.append(span)
+        return spans
+
+    def training_rows(self, conversation: Sequence[Message], muted: frozenset[int]) -> list[list[Segment]]:
+        """One row of segments, or one for each answer if the template rewrites earlier turns.
+
+        In each the last segment is the last answer; all before it are its prompt.
+
+        Raises:
+            RowError: the template refuses the conversation, or an answer cannot be found in its rendering.
+        """
+        marked, mark = self._marked(conversation)
+        answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
+        if muted.issuperset(answers):
+            raise RowError("every assistant message has weight 0")
+        whole, _ = self._turn(marked, answers[-1])
+        spans = self._spans(marked, whole, answers)
+        if spans is not None:
+            losses = [i not in muted for i in answers]
+            return [self._segments(whole[: spans[-1][1]], spans, losses, mark)]
+        rows = []
+        for index in answers:
+            if index not in muted:
+                after, span = self._turn(marked, index)
+                history = self._history(marked[:index], self.text(marked[:index], generation_prompt=True))
+                rows.append(self._segments(after[: span[1]], [*history, span], [False] * len(history) + [True], mark))
+        return rows
+
+    def prompt(self, conversation: Sequence[Message]) -> list[Segment]:
+        """Segments of a conversation that the model is to answer: the same as a training row's before its answer."""
+        marked, mark = self._marked(conversation)
+        whole = self.text(marked, generation_prompt=True)
+        spans = self._history(marked, whole)
+        return self._segments(whole, spans, [False] * len(spans), mark)
+
+    def _history(self, conversation: Sequence[Message], whole: str) -> list[Span]:
+        answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
+        return self._spans(conversation, whole, answers) or []
+
+    def _marked(self, conversation: Sequence[Message]) -> tuple[list[Message], str]:
+        """The conversation with a mark inside every special token's name in its texts, and the mark."""
+        mark = self.encoder.free_mark(message["content"] for message in conversation)
+        return [
+            {**message, "content": mark.join(self.encoder.protected(message["content"]))} for message in conversation
+        ], mark
+
+    @staticmethod
+    def _segments(text: str, spans: Sequence[Span], losses: Sequence[bool], mark: str) -> list[Segment]:
+        segments, end = [], 0
+        for (start, stop), loss in zip(spans, losses, strict=True):
+            segments.append(Segment(tuple(text[end:start].split(mark)), False))
+            segments.append(Segment(tuple(text[start:stop].split(mark)), loss))
+            end = stop
+        if end < len(text):
+            segments.append(Segment(tuple(text[end:].split(mark)), False))
+        return segments

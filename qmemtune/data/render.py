@@ -1,0 +1,172 @@
+"""Examples to segments, for training and for ``generate`` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qmemtune.config.schema import DataConfig
+from qmemtune.data.chat import ChatRenderer
+from qmemtune.data.encode import Encoder, Segment
+from qmemtune.data.examples import Example, ExampleMaker, template
+from qmemtune.data.formats import Message, alpaca_prompt, check_message
+from qmemtune.data.records import RawRow, RowError
+from qmemtune.data.sources import GENERATED, generated_rows, read_rows
+from qmemtune.data.templates import TextParts
+from qmemtune.errors import UserError
+
+
+class Renderer:
+    """Renders rows of one form.
+
+    Args:
+        config: the data options.
+        form: name of the row form.
+        tokenizer: a transformers tokenizer.
+        encoder: its encoder, if there is one already.
+
+    Raises:
+        UserError: the rows need a chat template and there is none that can be used.
+    """
+
+    def __init__(self, config: DataConfig, form: str, tokenizer: Any, encoder: Encoder | None = None) -> None:
+        self.config = config
+        self.form = form
+        self.encoder = encoder or Encoder(tokenizer)
+        if form == "messages" and config.chat == "never":
+            raise UserError(
+                "messages rows are conversations and cannot be rendered without a chat template",
+                where="data.chat",
+                fix="set data.chat=auto, or turn the rows into prompt and completion columns",
+            )
+        is_chat = form == "messages" or config.chat == "always"
+        self.chat = ChatRenderer(tokenizer, self.encoder) if is_chat else None
+
+    def training_rows(self, example: Example) -> list[list[Segment]]:
+        """Rows of segments; the last segment is the (last) answer, all before it are its prompt.
+
+        Raises:
+            RowError: the row cannot be rendered.
+        """
+        if self.chat is not None:
+            conversation = example.messages or [
+                *self._system(example.system),
+                {"role": "user", "content": example.user},
+                {"role": "assistant", "content": example.answer},
+            ]
+            return self.chat.training_rows(conversation, example.muted)
+        completion = Segment(self._pieces(example.completion), loss=True, eos=True)
+        return [[self._plain_prompt(example.system, example.prompt), completion]]
+
+    def prompt_ids(self, segments: Sequence[Segment]) -> list[int]:
+        """Token ids of a prompt: with what the tokenizer puts before a text, unless a chat template does that."""
+        leading = [] if self.chat is not None else self.encoder.bos_ids
+        return [*leading, *(token for ids in self.encoder.encode([segments])[0] for token in ids)]
+
+    def prompt(self, prompt: TextParts | Sequence[Message], user: str) -> list[Segment]:
+        """Segments of a prompt: a conversation, or text (dressed for plain rendering, bare as ``user`` for a chat)."""
+        system = self.config.system or ""
+        if self.chat is None:
+            return [self._plain_prompt(system, tuple(prompt))]  # type: ignore[arg-type]
+        conversation = [m for m in prompt if isinstance(m, dict)] or [{"role": "user", "content": user}]
+        if not any(m["role"] in ("system", "developer") for m in conversation):
+            conversation = [*self._system(system), *conversation]
+        return self.chat.prompt(conversation)
+
+    @staticmethod
+    def _system(text: str) -> list[Message]:
+        return [{"role": "system", "content": text}] if text else []
+
+    def _plain_prompt(self, system: str, prompt: TextParts) -> Segment:
+        if system:
+            prompt = ((False, f"{system}\n\n"), *prompt)
+        return Segment(self._pieces(prompt), loss=False)
+
+    def _pieces(self, parts: TextParts) -> tuple[str, ...]:
+        """Pieces in which special tokens are recognised where an option's text holds them, never in a row's text."""
+        pieces = [""]
+        for own, text in parts:
+            first, *rest = (text,) if own else self.encoder.protected(text)
+            pieces[-1] += first
+            pieces.extend(rest)
+        return tuple(pieces)
+
+
+def render_prompt(
+    config: DataConfig, tokenizer: Any, prompt: str | Sequence[Message] | Mapping[str, str], *, form: str | None = None
+) -> list[int]:
+    """Token ids that ``generate`` is fed for a prompt: rendered as the prompts of the training rows were.
+
+    Args:
+        config: the data options of the run.
+        tokenizer: the run's tokenizer.
+        prompt: the prompt's text (the one field of the prompt template, if there is one), a conversation that ends
+            with the turn to answer, or the columns of a row for a template with several fields.
+        form: name of the row form; without it ``config.format``, and for auto the form of the training rows, if they
+            are still there.
+
+    Raises:
+        UserError: the prompt does not fit the rendering, or is empty.
+    """
+    if not isinstance(prompt, str | Mapping):
+        try:
+            conversation = [check_message(message, number) for number, message in enumerate(prompt, start=1)]
+            if not conversation or conversation[-1]["role"] == "assistant":
+                raise RowError("the conversation must end with a turn to answer")
+            renderer = Renderer(config, "messages", tokenizer)
+            return renderer.prompt_ids(renderer.prompt(conversation, ""))
+        except RowError as error:
+            raise UserError(str(error), where="prompt") from error
+    form = form or (config.format if config.format != "auto" else form_of_training_rows(config))
+    renderer = Renderer(config, form, tokenizer)
+    try:
+        parts, user = prompt_parts(config, form, prompt)
+        ids = renderer.prompt_ids(renderer.prompt(parts, user))
+    except RowError as error:
+        raise UserError(str(error), where="prompt") from error
+    if not ids:
+        raise UserError("the prompt is empty", where="prompt", fix="write at least one character")
+    return ids
+
+
+def prompt_parts(config: DataConfig, form: str, prompt: str | Mapping[str, str]) -> tuple[TextParts, str]:
+    """A prompt dressed for plain rendering, and bare for a chat."""
+    text_template = template(config.prompt_template, "data.prompt_template")
+    if text_template is not None and form != "messages":
+        fields = text_template.fields
+        if isinstance(prompt, str):
+            if len(fields) > 1:
+                raise UserError(
+                    f"the prompt template has several fields ({', '.join(fields)}) and the prompt is one text",
+                    where="data.prompt_template",
+                    fix="give the fields by name",
+                )
+            prompt = dict.fromkeys(fields, prompt)
+        values = prompt
+        text_template.check(list(values) or fields)
+        parts = text_template.render(lambda name: values[name])
+        return parts, "".join(text for _, text in parts)
+    if isinstance(prompt, Mapping):
+        asked, extra = prompt.get("instruction") or prompt.get("prompt", ""), prompt.get("input", "")
+    else:
+        asked, extra = prompt, ""
+    if form == "alpaca":
+        return ((False, alpaca_prompt(asked, extra)),), f"{asked}\n\n{extra}" if extra.strip() else asked
+    return ((False, asked),), asked
+
+
+def form_of_training_rows(config: DataConfig, look_at: int = 64) -> str:
+    """The form of the training rows, from the first of them if they are at hand, else ``prompt_completion``."""
+    try:
+        if config.path.startswith(GENERATED):
+            rows = generated_rows(config.path)[0][:look_at]
+        elif Path(config.path).expanduser().exists():
+            found = read_rows(config.path, split=config.split)
+            rows = [row for row in islice(found, look_at) if isinstance(row, RawRow)]
+        else:
+            return "prompt_completion"
+        return ExampleMaker(config, rows).form.name if rows else "prompt_completion"
+    except UserError:
+        return "prompt_completion"

@@ -1,0 +1,56 @@
+"""Row order in which batches hold rows of like length, the same on every process and in every resumed run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+MOST_BATCHES_IN_POOL = 50
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Indices of rows; each ``batch_size`` in a row are one batch of rows of like length.
+
+    Rows are shuffled, sorted by length within pools of several batches, and the batches shuffled again. The order
+    depends on ``seed`` and the epoch only, never on the global random state: every process draws the same order, and a
+    resumed run goes on in the order it left. A last batch that is not full stays last, so that batches stay whole.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows that are used together: rows a device, times devices, if batches are dealt out to several.
+        seed: seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is drawn next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        count, size = len(self.lengths), self.batch_size
+        generator = np.random.default_rng([self.seed & (2**63 - 1), self.epoch])
+        order = generator.permutation(count)
+        # Few rows: small pools, or every epoch would have the same batches.
+        pool = size * max(1, min(count // (size * 4), MOST_BATCHES_IN_POOL))
+        full = count - count % size
+        rest = order[full:]
+        batches: list[np.ndarray] = []
+        for start in range(0, full, pool):
+            rows = order[start : min(start + pool, full)]
+            rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
+            batches.extend(rows[i : i + size] for i in range(0, len(rows), size))
+        for i in generator.permutation(len(batches)):
+            yield from batches[i].tolist()
+        yield from rest.tolist()

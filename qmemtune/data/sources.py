@@ -1,0 +1,167 @@
+"""Where rows come from: files, folders, hub data sets, generators."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qmemtune.data.jsonfiles import read_json, read_jsonl
+from qmemtune.data.records import RawRow, Rejected
+from qmemtune.data.tables import first_line, read_csv, read_parquet
+from qmemtune.errors import UserError
+
+Reader = Callable[[Path], Iterator[RawRow | Rejected]]
+
+READERS: dict[str, Reader] = {
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
+GENERATED = "generated:"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SPLIT_WORDS = ("train", "test", "valid", "validation", "dev", "eval")
+
+
+def read_rows(path: str, *, name: str | None = None, split: str = "train") -> Iterator[RawRow | Rejected]:
+    """Every row of ``path``, as found, with those that cannot be read.
+
+    Args:
+        path: a data file, a folder of data files or of ``datasets.save_to_disk``, or a hub data set id.
+        name: configuration of a hub data set.
+        split: split of a hub data set or folder.
+
+    Raises:
+        UserError: there is no such source, or it is not readable as a whole.
+    """
+    local = Path(path).expanduser()
+    try:
+        if local.is_dir():
+            return read_folder(local, split)
+        if local.is_file():
+            return as_user_errors(reader_for(local)(local), path)
+    except OSError as error:  # a name too long for the file system, a folder that may not be listed
+        raise UserError(f"cannot be read: {error.strerror or error}", where=f"data path {path}") from error
+    if looks_local(path) or not HUB_ID.fullmatch(path):
+        raise UserError("no such file or folder", where=f"data path {path}", fix=nearest_file(local))
+    return read_hub(path, name, split)
+
+
+def as_user_errors(rows: Iterator[RawRow | Rejected], path: str) -> Iterator[RawRow | Rejected]:
+    try:
+        yield from rows
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", where=path) from error
+
+
+def reader_for(path: Path) -> Reader:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"the ending {path.suffix or '(none)'} names no known kind of file",
+            where=str(path),
+            fix=f"rename or convert it to one of {', '.join(READERS)}",
+        )
+    return reader
+
+
+def looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in READERS or "\\" in path
+
+
+def nearest_file(path: Path) -> str:
+    """What to do about a path that does not exist."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist either: check the path (relative to {Path.cwd()})"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
+    return f"did you mean {folder / near[0]}?" if near else f"check the path (relative to {Path.cwd()})"
+
+
+def read_folder(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
+    """Rows of a folder: what ``datasets`` saved, or the data files whose names say the split."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return read_saved(folder, split)
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file())
+    if not files:
+        raise UserError(
+            "the folder holds no data file", where=str(folder), fix=f"put files ending in {', '.join(READERS)} there"
+        )
+    named = [file for file in files if split in re.split(r"[\W_]+|(?<=\D)(?=\d)", file.stem.lower())]
+    speaks_of_splits = any(word in file.stem.lower() for file in files for word in SPLIT_WORDS)
+    if not named and speaks_of_splits:
+        raise UserError(
+            f"no file of the folder is named after the split '{split}': {', '.join(file.name for file in files)}",
+            where=str(folder),
+            fix="name the file itself in data.path, or set data.split (data.eval_split)",
+        )
+    return (row for file in (named or files) for row in as_user_errors(reader_for(file)(file), str(file)))
+
+
+def read_saved(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"not a readable saved data set: {first_line(error)}", where=str(folder)) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise UserError(
+                f"there is no split '{split}'", where=str(folder), fix=f"data.split: one of {', '.join(saved)}"
+            )
+        saved = saved[split]
+    return table_rows(saved, str(folder))
+
+
+def read_hub(path: str, name: str | None, split: str) -> Iterator[RawRow | Rejected]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(path, name, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the hub data set cannot be loaded: {first_line(error)}",
+            where=f"data path {path}" + (f" (configuration {name})" if name else "") + f", split {split}",
+            fix="check the id, data.name and data.split and the network (HF_HUB_OFFLINE must not be set), "
+            "or give a local file",
+        ) from error
+    return table_rows(loaded, path)
+
+
+def table_rows(dataset: Any, name: str) -> Iterator[RawRow | Rejected]:
+    """Rows of a ``datasets.Dataset``, read from its arrow table: images and sounds are not decoded."""
+    number = 0
+    for table in dataset.with_format("arrow").iter(batch_size=1024):
+        for row in table.to_pylist():
+            number += 1
+            yield RawRow(row, name, number)
+
+
+def generated_rows(path: str) -> tuple[list[RawRow], list[RawRow]]:
+    """Training and held-out rows of ``generated:NAME``.
+
+    Raises:
+        UserError: there is no such generator.
+    """
+    from qmemtune.data.generated import GENERATED as GENERATORS
+
+    name = path.removeprefix(GENERATED)
+    if name not in GENERATORS:
+        near = difflib.get_close_matches(name, GENERATORS, n=1)
+        raise UserError(
+            f"there is no generated data set '{name}'",
+            where=f"data path {path}",
+            fix=f"did you mean {GENERATED}{near[0]}?" if near else f"one of {', '.join(sorted(GENERATORS))}",
+        )
+    train, heldout = GENERATORS[name]()
+    return numbered(train, f"{path}/train"), numbered(heldout, f"{path}/heldout")
+
+
+def numbered(rows: Iterable[dict[str, Any]], file: str) -> list[RawRow]:
+    return [RawRow(values, file, number) for number, values in enumerate(rows, start=1)]

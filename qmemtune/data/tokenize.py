@@ -1,0 +1,97 @@
+"""Examples to token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qmemtune.config.schema import DataConfig
+from qmemtune.data.encode import Segment
+from qmemtune.data.examples import Example
+from qmemtune.data.records import Rejected, RowError
+from qmemtune.data.render import Renderer
+from qmemtune.data.report import DataReport, PartReport
+from qmemtune.data.rows import TokenRows
+
+CHUNK = 1024
+"""Rows handed to the tokenizer at once."""
+
+
+def tokenize(
+    examples: Sequence[Example], renderer: Renderer, config: DataConfig, part: PartReport, report: DataReport
+) -> tuple[TokenRows, list[Rejected]]:
+    """Tokenise examples, cut them at ``config.max_length`` and count into ``part``.
+
+    Returns:
+        the rows, and the examples that gave none, with the reason.
+    """
+    rows, rejected = TokenRows(), []
+    for start in range(0, len(examples), CHUNK):
+        rendered: list[tuple[Example, list[Segment]]] = []
+        for example in examples[start : start + CHUNK]:
+            try:
+                parts = renderer.training_rows(example)
+            except RowError as error:
+                rejected.append(example.raw.rejected(error))
+                continue
+            report.split_conversations += len(parts) > 1
+            rendered.extend((example, segments) for segments in parts)
+        encoded = renderer.encoder.encode([segments for _, segments in rendered])
+        for (example, segments), ids in zip(rendered, encoded, strict=True):
+            try:
+                add_row(rows, example, segments, ids, renderer, config, part)
+            except RowError as error:
+                rejected.append(example.raw.rejected(error))
+    part.rows = len(rows)
+    part.tokens = sum(rows.lengths)
+    part.loss_tokens = sum(rows.loss_lengths)
+    part.longest = max(rows.lengths, default=0)
+    return rows, rejected
+
+
+def add_row(
+    rows: TokenRows,
+    example: Example,
+    segments: Sequence[Segment],
+    ids: Sequence[Sequence[int]],
+    renderer: Renderer,
+    config: DataConfig,
+    part: PartReport,
+) -> None:
+    """Join the segments' tokens, find what is in the loss, and add the row.
+
+    Raises:
+        RowError: no token of the loss is left, or there is no prompt to generate from.
+    """
+    tokens = [] if renderer.chat is not None else list(renderer.encoder.bos_ids)
+    prompt_length = 0
+    spans: list[tuple[int, int]] = []
+    for segment, segment_ids in zip(segments, ids, strict=True):
+        prompt_length = len(tokens)
+        tokens.extend(segment_ids)
+        if segment.loss or config.loss_on == "all":
+            spans.append((prompt_length, len(tokens)))
+    total, length = len(tokens), min(len(tokens), config.max_length)
+    if prompt_length == 0:
+        raise RowError("the prompt has no tokens, so nothing could be generated from it")
+    # A token is predicted from those before it: the first one is never in the loss.
+    spans = [(max(start, 1), min(end, length)) for start, end in spans if max(start, 1) < min(end, length)]
+    if not spans:
+        if total > length:
+            raise RowError(
+                "all loss tokens are cut off by data.max_length",
+                f"the prompt has {prompt_length} tokens, data.max_length is {config.max_length}",
+            )
+        raise RowError("the completion has no tokens")
+    if total > length:
+        part.truncated += 1
+        part.cut_tokens += total - length
+    rows.append(
+        tokens[: max(length, prompt_length)],
+        length,
+        prompt_length,
+        spans,
+        instruction=example.instruction,
+        answer=example.answer,
+        group=example.group,
+        origin=example.raw.origin,
+    )
