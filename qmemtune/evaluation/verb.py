@@ -1,0 +1,149 @@
+"""What `qmemtune eval` measures: a tuned model beside its base, or a model by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qmemtune.config.schema import EvaluationConfig
+from qmemtune.evaluation.evaluate import EvalProgress, EvalResult, evaluate
+from qmemtune.evaluation.exact_match import RowMatch
+from qmemtune.evaluation.forward import Instructions
+from qmemtune.evaluation.guard import undisturbed
+from qmemtune.evaluation.harness import run_tasks
+from qmemtune.evaluation.samples import evenly_spaced
+from qmemtune.evaluation.summary import differences
+from qmemtune.models.hardware import autocast
+
+
+def evaluate_pair(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    *,
+    source: Instructions | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: EvalProgress | None = None,
+) -> dict[str, Any]:
+    """The model with its adapter and without it, on the same rows.
+
+    Returns:
+        ``base`` and ``tuned`` (as of :meth:`EvalResult.as_dict`, with ``tasks`` if the config names any),
+        ``difference`` (tuned minus base, paired by row, with 95 % intervals, also by group), ``examples`` (a few
+        answers of both, if exact match was measured) and ``rows``.
+    """
+    results: dict[str, EvalResult] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+    for name in ("base", "tuned"):
+        of_base = name == "base"
+        # The outer guard: switching an adapter off and on again touches its parameters' requires_grad.
+        with undisturbed(model), model.disable_adapter() if of_base else nullcontext():
+            results[name] = evaluate(
+                model,
+                tokenizer,
+                rows,
+                config,
+                source=None if of_base else source,
+                device=device,
+                dtype=dtype,
+                exact_match=config.exact_match.enabled,
+                progress=prefixed(progress, name),
+            )
+            tasks[name] = task_results(model, tokenizer, config, device, dtype)
+    base, tuned = results["base"], results["tuned"]
+    report: dict[str, Any] = {
+        "base": base.as_dict() | tasks["base"],
+        "tuned": tuned.as_dict() | tasks["tuned"],
+        "difference": differences((base.losses, base.matches), (tuned.losses, tuned.matches)),
+        "rows": len(base.losses),
+    }
+    if base.matches and tuned.matches:
+        report["examples"] = examples(rows, config, tokenizer, {"base": base.matches, "tuned": tuned.matches})
+    return report
+
+
+def evaluate_single(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    *,
+    source: Instructions | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: EvalProgress | None = None,
+) -> dict[str, Any]:
+    """A model by itself: an exported folder, or a base without an adapter.
+
+    Returns:
+        What :meth:`EvalResult.as_dict` gives, with ``tasks`` and ``examples`` as far as asked for.
+    """
+    result = evaluate(
+        model,
+        tokenizer,
+        rows,
+        config,
+        source=source,
+        device=device,
+        dtype=dtype,
+        exact_match=config.exact_match.enabled,
+        progress=progress,
+    )
+    report = result.as_dict() | task_results(model, tokenizer, config, device, dtype)
+    if result.matches:
+        report["examples"] = examples(rows, config, tokenizer, {"output": result.matches})
+    return report
+
+
+def task_results(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluationConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """``{"tasks": ...}`` of the harness tasks that the config names; empty if it names none."""
+    if not config.tasks:
+        return {}
+    return {
+        "tasks": run_tasks(
+            model,
+            tokenizer,
+            config.tasks,
+            limit=config.tasks_limit,
+            batch_size=config.per_device_eval_batch_size,
+            autocast=partial(autocast, device, dtype),
+        )
+    }
+
+
+def examples(
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    matches: Mapping[str, Sequence[RowMatch]],
+) -> list[dict[str, str]]:
+    """``config.samples.count`` rows with ``prompt``, ``expected`` and each model's whole output under its name."""
+    measured = evenly_spaced(rows, config.exact_match.max_rows)
+    found = []
+    for row, *answers in zip(measured, *matches.values(), strict=True):
+        prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+        outputs = {name: answer.output for name, answer in zip(matches, answers, strict=True)}
+        found.append({"prompt": prompt, "expected": answers[0].expected} | outputs)
+    return evenly_spaced(found, config.samples.count)
+
+
+def prefixed(progress: EvalProgress | None, name: str) -> EvalProgress | None:
+    """Progress that says which model is being measured."""
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(f"{name}: {what}", done, total)
