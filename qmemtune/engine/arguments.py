@@ -8,7 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from qmemtune.config.schema import Config
+from qmemtune.engine.steps import StepCount
 from qmemtune.errors import UserError
+from qmemtune.rundir import RunDir
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -41,31 +43,23 @@ def refuse_data_parallel() -> None:
         )
 
 
-def training_arguments(
-    config: Config, *, output_dir: str, device: torch.device, dtype: torch.dtype, max_steps: int
-) -> TrainingArguments:
-    """Trainer's arguments for a run.
+def training_arguments(config: Config, *, device: torch.device, dtype: torch.dtype) -> TrainingArguments:
+    """Trainer's arguments for a run. Making them joins the process group, if a launcher started this process.
+
+    The folder of checkpoints and the number of steps are not known yet: see :func:`settle`.
 
     Logging, evaluation and saving follow :class:`qmemtune.engine.rhythm.Rhythm`, so Trainer's own intervals are off;
     gradient checkpointing is switched on at the model.
 
     Args:
         config: the run.
-        output_dir: where checkpoints go.
         device: what to train on; "cpu" keeps Trainer off a GPU.
         dtype: of the arithmetic; adapter weights stay float32.
-        max_steps: optimizer steps in all.
-
-    Raises:
-        UserError: float16 on the CPU.
     """
-    if dtype == torch.float16 and device.type == "cpu":
-        raise UserError("float16 cannot train on the CPU", where="model.compute_dtype", fix="use auto or float32")
     trainer, optimizer = config.trainer, config.optimizer
     assert not trainer.gradient_checkpointing_use_reentrant or config.adapter.kind != "queryable"
     return TrainingArguments(
-        output_dir=output_dir,
-        max_steps=max_steps,
+        output_dir="unsettled",
         num_train_epochs=trainer.num_train_epochs,
         per_device_train_batch_size=trainer.per_device_train_batch_size,
         gradient_accumulation_steps=trainer.gradient_accumulation_steps,
@@ -96,7 +90,7 @@ def training_arguments(
         save_total_limit=None,
         restore_callback_states_from_checkpoint=False,
         disable_tqdm=True,
-        log_level="error" if not config_is_verbose() else "passive",
+        log_level="passive" if os.environ.get("TRANSFORMERS_VERBOSITY") else "error",
         report_to=list(config.tracking.backends) or "none",
         run_name=config.tracking.name,
         project=config.tracking.project,
@@ -104,6 +98,8 @@ def training_arguments(
     )
 
 
-def config_is_verbose() -> bool:
-    """Whether the user asked transformers for its own messages."""
-    return bool(os.environ.get("TRANSFORMERS_VERBOSITY"))
+def settle(args: TrainingArguments, run: RunDir, steps: StepCount) -> None:
+    """Fill in what is known only when the run folder is chosen and the rows are counted."""
+    args.output_dir = str(run.checkpoints)
+    args.max_steps = steps.total
+    args.run_name = args.run_name or run.path.name

@@ -31,12 +31,12 @@ class Best:
     """Step of the last evaluation counted: one step counts once."""
     weights: dict[str, Tensor] | None = None
 
-    def update(self, step: int, loss: float, model: nn.Module) -> None:
-        """Take in the held-out loss at ``step``."""
+    def update(self, step: int, loss: float | None, model: nn.Module) -> None:
+        """Take in the held-out loss at ``step``; None is a loss that is not a number."""
         if step == self.last_step:
             return
         self.last_step = step
-        if self.loss is not None and not loss < self.loss:
+        if loss is None or (self.loss is not None and not loss < self.loss):
             self.evaluations_since += 1
             return
         self.step, self.loss, self.evaluations_since = step, loss, 0

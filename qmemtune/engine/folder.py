@@ -73,26 +73,6 @@ def newest(config: Config) -> Opened:
     return Opened(run, found[-1], [f"going on from {found[-1].path}"])
 
 
-def check_same_rows(checkpoint: Checkpoint, *, world_size: int, rows_per_step: int) -> None:
-    """A checkpoint's step must mean the same place in the data as it did when it was written.
-
-    Raises:
-        UserError: the number of processes or the rows of a step changed.
-    """
-    if checkpoint.world_size != world_size:
-        raise UserError(
-            f"the checkpoint was written by {checkpoint.world_size} processes, this run has {world_size}",
-            where=str(checkpoint.path),
-            fix=f"start {checkpoint.world_size} processes, as before",
-        )
-    if checkpoint.rows_per_step != rows_per_step:
-        raise UserError(
-            f"a step of the checkpoint's run has {checkpoint.rows_per_step} rows, one of this run {rows_per_step}",
-            where=str(checkpoint.path),
-            fix="use the same trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps as before",
-        )
-
-
 def resume_command(arguments: list[str], run: RunDir) -> str:
     """The command that goes on with an interrupted run.
 

@@ -10,9 +10,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from qmemtune.config.schema import EvaluationConfig
+from qmemtune.engine.interrupt import StopRequest
 from qmemtune.engine.metrics_log import JsonLines
-from qmemtune.evaluation.evaluate import evaluate
-from qmemtune.evaluation.samples import sample_answers
+from qmemtune.evaluation.evaluate import draw_samples, evaluate
+
+
+class Abandoned(Exception):
+    """A signal asked to stop while rows were being measured."""
 
 
 @dataclass
@@ -27,8 +31,11 @@ class HeldOut:
     tokenizer: Any
     config: EvaluationConfig
     source: Any
+    """The adapter's instruction source."""
+    device: torch.device
     dtype: torch.dtype
     samples: JsonLines
+    stop: StopRequest
     world_size: int = 1
     measured: dict[tuple[int, bool], dict[str, Any]] = field(default_factory=dict)
     """Results of this process, by step and whether exact match was measured."""
@@ -36,13 +43,26 @@ class HeldOut:
     def __bool__(self) -> bool:
         return len(self.rows) > 0
 
+    def known(self, step: int, *, exact_match: bool) -> dict[str, Any] | None:
+        """What was measured at a step before, if it holds what is asked for."""
+        return self.measured.get((step, True)) or self.measured.get((step, exact_match))
+
     def measure(self, model: Any, step: int, *, exact_match: bool) -> dict[str, Any]:
-        """Loss, perplexity and, if asked, exact match; a step measured before is not measured again."""
-        for known in ((step, True), (step, exact_match)):
-            if known in self.measured:
-                return self.measured[known]
+        """Loss, perplexity and, if asked, exact match of the model, which holds the adapter of ``step``.
+
+        Raises:
+            Abandoned: a signal asked to stop.
+        """
         result = evaluate(
-            model, self.tokenizer, self.rows, self.config, self.source, self.dtype, exact_match=exact_match
+            model,
+            self.tokenizer,
+            self.rows,
+            self.config,
+            source=self.source,
+            device=self.device,
+            dtype=self.dtype,
+            exact_match=exact_match,
+            progress=self._go_on,
         ).as_dict()
         if self.world_size > 1:
             box = [result]
@@ -53,5 +73,13 @@ class HeldOut:
 
     def write_samples(self, model: Any, step: int) -> None:
         """Answer a few held-out rows and append them to samples.jsonl."""
-        for sample in sample_answers(model, self.tokenizer, self.rows, self.config.samples, self.source, self.dtype):
-            self.samples.write({"step": step, **sample})
+        answered = draw_samples(
+            model, self.tokenizer, self.rows, self.config, source=self.source, device=self.device, dtype=self.dtype
+        )
+        for sample in answered:
+            self.samples.write({"step": step, **sample.as_dict()})
+
+    def _go_on(self, what: str, done: int, total: int) -> None:
+        # One process of several must not leave the others waiting for its numbers.
+        if self.stop and self.world_size == 1:
+            raise Abandoned(f"{what}: {done} of {total} rows")

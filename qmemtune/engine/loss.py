@@ -25,7 +25,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def shifted_targets(labels: Tensor) -> Tensor:
-    """Move labels (B, T) one place left, so that position t holds the token to be predicted there; the last is ignored."""
+    """Labels (B, T) one place to the left: position t holds the token to be predicted there, the last none."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
@@ -152,7 +152,7 @@ def decoder_of(lm: nn.Module) -> nn.Module:
 
 def transform_candidates(lm: nn.Module) -> list[Transform]:
     """What models are known to do to the head's output: nothing, a soft cap (Gemma 2), a factor (Cohere, Granite)."""
-    text_config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config  # type: ignore[union-attr,operator]
+    text_config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config  # type: ignore[operator]
     candidates: list[Transform] = [lambda logits: logits]
     cap = getattr(text_config, "final_logit_softcapping", None)
     if cap:

@@ -39,7 +39,7 @@ class JsonLines:
                 file.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, and a last line that a crash cut off: a resumed run writes them anew."""
+        """Drop the lines of steps after ``step``, and one that a crash cut off: a resumed run writes them anew."""
         if not self.enabled or not self.path.exists():
             return
         kept = []

@@ -30,7 +30,7 @@ class Progress(Protocol):
         """
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """A logging interval is over: ``step``, ``epoch``, ``loss``, ``learning_rate``, ``grad_norm``, ``tokens_per_s``."""
+        """A logging step: ``step``, ``epoch``, ``loss``, ``learning_rate``, ``grad_norm``, ``tokens_per_s``."""
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Held-out rows were measured: ``step``, and ``loss``, ``perplexity``, ``exact_match``, as far as measured."""

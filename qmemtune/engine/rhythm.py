@@ -41,6 +41,9 @@ def due_at(step: int, config: Config) -> Due:
 class Stepped(Protocol):
     """The trainer, as far as the rhythm needs it."""
 
+    def catch_up(self) -> None:
+        """Called before the first step of this process."""
+
     def begin_epoch(self, epoch: int) -> None:
         """Order the rows of an epoch."""
 
@@ -52,6 +55,9 @@ class Stepped(Protocol):
 
     def stop_requested(self) -> bool:
         """Whether a signal asked to stop, in any process."""
+
+    def finish(self) -> None:
+        """Called after the last step, while logging back-ends are still open."""
 
 
 class Rhythm(TrainerCallback):
@@ -67,6 +73,11 @@ class Rhythm(TrainerCallback):
         self.config = config
         self.run = run
         self.has_heldout = has_heldout
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.run.catch_up()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,3 +103,8 @@ class Rhythm(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
         return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.run.finish()

@@ -18,7 +18,8 @@ from qmemtune.adapters import auxiliary_loss, parameter_groups
 from qmemtune.config.schema import Config
 from qmemtune.engine import checkpoints
 from qmemtune.engine.best import Best
-from qmemtune.engine.heldout import HeldOut
+from qmemtune.engine.environment import seconds_since_start
+from qmemtune.engine.heldout import Abandoned, HeldOut
 from qmemtune.engine.interrupt import StopRequest
 from qmemtune.engine.loss import LabelledLoss, count_targets
 from qmemtune.engine.metrics_log import JsonLines
@@ -60,6 +61,11 @@ class RunTrainer(Trainer):
     # The loss is normalised over the labelled tokens of the whole step, in all processes.
     loss_is_scaled_for_ga = True
 
+    # Trainer sets these; its module is not typed.
+    optimizer: Any
+    control: Any
+    state: Any
+
     def __init__(
         self, model: nn.Module, args: TrainingArguments, collator: Any, rows: Sequence[Any], parts: Parts
     ) -> None:
@@ -67,7 +73,8 @@ class RunTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=rows)
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
-        self.add_callback(Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
+        # Before the logging back-ends, which close when training ends: the last evaluation is theirs too.
+        self.callback_handler.callbacks.insert(0, Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
         with parts.source.context([""]):
             self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
         self._stopwatch = Stopwatch()
@@ -76,6 +83,12 @@ class RunTrainer(Trainer):
         self._batches = 1
         self._loss = 0.0
         self._stopping = False
+        self.stopped_early = False
+        self.final_step = 0
+        """Step whose adapter the model holds at the end."""
+        self.final_metrics: dict[str, Any] = {}
+        self.first_step_done_s: float | None = None
+        """Seconds from the start of the process to the end of its first step; None before it."""
 
     # Rows and order
 
@@ -95,7 +108,7 @@ class RunTrainer(Trainer):
             return batches, None
         labelled = sum(count_targets(batch["labels"]) for batch in batches)
         real = sum(batch["attention_mask"].sum() for batch in batches)
-        counts = self.accelerator.reduce(torch.stack([labelled, real]).to(device), "sum")  # type: ignore[arg-type,list-item]
+        counts = self.accelerator.reduce(torch.stack([labelled, real]).to(device), "sum")  # type: ignore[list-item]
         self._step_tokens = counts[1]
         self._batches = len(batches)
         return batches, counts[0].clamp(min=1)
@@ -146,6 +159,8 @@ class RunTrainer(Trainer):
 
     def end_step(self) -> None:
         seconds = self._stopwatch.seconds
+        if self.first_step_done_s is None:
+            self.first_step_done_s = round(seconds_since_start(), 3)
         self.parts.totals.add(self._loss, int(self._step_tokens.item()), seconds)
         self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
         # Asked once a step, in every process at the same place: a signal reaches them at different times.
@@ -177,33 +192,76 @@ class RunTrainer(Trainer):
         else:
             super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What is due at this step, called by Trainer after logging and before saving."""
-        metrics = self.measure(due_at(self.state.global_step, self.parts.config))
-        patience = self.parts.config.trainer.early_stopping_patience
-        if patience and self.parts.best.evaluations_since >= patience:
-            self.control.should_training_stop = self.control.should_save = True
-        if self.parts.stop and self.accelerator.num_processes == 1:
-            # Asked to stop while evaluating: this step is whole, there is no need for another.
+        metrics = {}
+        try:
+            metrics = self.measure(due_at(self.state.global_step, self.parts.config))
+        except Abandoned:
+            # The step itself is whole: save it; the evaluation is made up for when the run goes on.
             self._stopping = True
+        patience = self.parts.config.trainer.early_stopping_patience
+        if patience and self.parts.best.evaluations_since >= patience and not self.complete:
+            self.stopped_early = True
+        if self.stopped_early or self._stopping:
             self.control.should_training_stop = self.control.should_save = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def catch_up(self) -> None:
+        """After a resume: measure what a signal cut short at the step of the checkpoint."""
+        due = due_at(self.state.global_step, self.parts.config)
+        if self.parts.heldout and due.loss and self.state.global_step not in (0, self.parts.best.last_step):
+            self.measure(due)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.global_step >= self.parts.steps.total
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal stopped the run before its end."""
+        return self._stopping and not self.complete and not self.stopped_early
+
     def measure(self, due: Due) -> dict[str, Any]:
         """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
-        step, parts = self.state.global_step, self.parts
+        step = self.state.global_step
         if due.samples:
-            parts.heldout.write_samples(self.model, step)
+            self.parts.heldout.write_samples(self.model, step)
         if not (due.loss or due.exact_match):
             return {}
-        metrics = parts.heldout.measure(self.model, step, exact_match=due.exact_match)
+        metrics = self.measure_as(step, exact_match=due.exact_match)
+        self.parts.best.update(step, metrics["loss"], self.model)
+        return metrics
+
+    def measure_as(self, step: int, *, exact_match: bool) -> dict[str, Any]:
+        """Measure the model, which holds the adapter of ``step``, unless that was done, and log the result."""
+        known = self.parts.heldout.known(step, exact_match=exact_match)
+        if known is not None:
+            return known
+        metrics = self.parts.heldout.measure(self.model, step, exact_match=exact_match)
         self.log({f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
         line = {"event": "evaluation", "step": step, **metrics}
-        parts.metrics.write(line)
-        parts.progress.evaluation(line)
-        parts.best.update(step, metrics["loss"], self.model)
+        self.parts.metrics.write(line)
+        self.parts.progress.evaluation(line)
         return metrics
+
+    def finish(self) -> None:
+        """After the last step: go back to the best adapter if it is to be kept, and evaluate what the run ends with."""
+        if self.interrupted:
+            return
+        config, best, heldout = self.parts.config, self.parts.best, self.parts.heldout
+        self.final_step = self.state.global_step
+        at_end = config.evaluation.at_end and bool(heldout)
+        if config.trainer.keep_best and at_end:
+            self.measure(Due(loss=True, exact_match=False, samples=False))
+        if best.restore(self.model) and best.step is not None:
+            self.final_step = best.step
+        if at_end:
+            self.final_metrics = self.measure_as(self.final_step, exact_match=config.evaluation.exact_match.enabled)
+        else:
+            self.final_metrics = heldout.known(self.final_step, exact_match=False) or {}
 
     # Checkpoints
 

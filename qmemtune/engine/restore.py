@@ -1,0 +1,69 @@
+"""Loads the live model of a run: its base with its final adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qmemtune.adapters import InstructionSource
+from qmemtune.config.schema import Config
+from qmemtune.errors import UserError
+from qmemtune.models.hardware import compute_dtype, pick_device
+from qmemtune.models.loading import load_base, load_tokenizer
+from qmemtune.rundir import RunDir
+
+
+@dataclass
+class LoadedRun:
+    """A run's model, ready to evaluate, generate and export."""
+
+    model: PeftModel
+    """In eval mode, nothing trainable."""
+    tokenizer: Any
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    """Of the arithmetic."""
+    source: InstructionSource
+
+
+def load_run(run: RunDir, config: Config, *, device: torch.device | None = None) -> LoadedRun:
+    """Load a run's base and adapter.
+
+    Args:
+        run: the run folder.
+        config: the run's own config, perhaps with overrides on top.
+        device: where to put the model; chosen by the hardware if not given.
+
+    Raises:
+        UserError: the run has no adapter yet, or its base cannot be loaded.
+    """
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise UserError(
+            "the run has no final adapter: it was interrupted or failed",
+            where=str(run.path),
+            fix=f"go on with it: qmemtune train ... run_dir={run.path} resume=auto",
+        )
+    device = device or pick_device()
+    dtype = compute_dtype(config.model.compute_dtype, device)
+    tokenizer = load_tokenizer(config.model)
+    base = load_base(config.model, config.quantization, device=device)
+    try:
+        model = PeftModel.from_pretrained(base, str(run.adapter), is_trainable=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"the adapter does not fit this base: {first_line(error)}",
+            where=str(run.adapter),
+            fix="use the base that the run was trained on (model.path in its config.yaml)",
+        ) from error
+    model.eval()
+    return LoadedRun(model, tokenizer, config, device, dtype, InstructionSource(model, tokenizer))
+
+
+def first_line(error: Exception) -> str:
+    """The start of an error's text."""
+    lines = str(error).strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__
