@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from qmemtune.adapters.queryable.apply import apply_operator
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.memory import NOT_MERGEABLE, QueryableMemory
 
@@ -106,9 +107,9 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
             x = F.dropout(x, dropout)
         z: Tensor = lora_a(self._cast_input_dtype(x, lora_a.weight.dtype))
         operator = self.operator(name, x, z).to(z.dtype)
-        z = z + (operator @ z.unsqueeze(-1)).squeeze(-1)
-        scaled: Tensor = lora_b(z) * self.scaling[name]
-        return scaled
+        # Scaled in the bottleneck, where it costs R products a token instead of out_features.
+        update: Tensor = lora_b(apply_operator(z, operator) * self.scaling[name])
+        return update
 
     def operator(self, name: str, x: Tensor, z: Tensor) -> Tensor:
         """The routed update of this layer's block, formed here if this layer runs first, (..., R, R)."""

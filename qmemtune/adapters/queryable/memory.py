@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from qmemtune.adapters.queryable.apply import apply_operator
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.context import (
     AdapterPass,
@@ -312,7 +313,7 @@ def rms_norm(z: Tensor) -> Tensor:
 
 def normed_state(z: Tensor, operator: Tensor) -> Tensor:
     """``h = rmsnorm(C z)`` with ``C = I + operator``. Shapes: z (..., R), operator (..., R, R)."""
-    return rms_norm(z + (operator @ z.unsqueeze(-1)).squeeze(-1))
+    return rms_norm(apply_operator(z, operator))
 
 
 def attend(query: Tensor, states: Tensor) -> Tensor:
