@@ -1,0 +1,1 @@
+"""The command line: every verb parses, composes, calls and prints."""

@@ -1,0 +1,107 @@
+"""The table of verbs, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import qmemtune
+from qmemtune.cli.config import config
+from qmemtune.cli.evaluate import evaluate
+from qmemtune.cli.generate import generate
+from qmemtune.cli.merge_export import merge_export
+from qmemtune.cli.recipes import recipes
+from qmemtune.cli.train import train
+from qmemtune.errors import UserError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="qmemtune",
+    help="Fine-tune language models with LoRA or a queryable memory of shared low-rank update atoms.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("merge-export")(merge_export)
+app.command("generate")(generate)
+app.command("recipes")(recipes)
+app.command("config")(config)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qmemtune {qmemtune.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Start here: qmemtune recipes, then qmemtune train recipe=quickstart."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    0: done. 2: a mistake the user can mend. 1: anything else that failed. 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="qmemtune")
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        return _reader_is_gone()
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last stop: any failure becomes one line and an exit code
+        return _fail(error, as_json=as_json, debug=debug)
+
+
+def _fail(error: Exception, *, as_json: bool, debug: bool) -> int:
+    from qmemtune.cli.output import print_error
+
+    mistake = _usage_mistake(error)
+    if mistake is not None:
+        error, debug = mistake, False
+    try:
+        print_error(error, as_json=as_json, debug=debug)
+    except BrokenPipeError:
+        return _reader_is_gone()
+    return error.exit_code if isinstance(error, UserError) else 1
+
+
+def _usage_mistake(error: Exception) -> UserError | None:
+    """Typer's own complaint about the command line as an error of ours."""
+    # BadParameter is exported; what it derives from has moved between versions of Typer.
+    usage_error = typer.BadParameter.__mro__[1]
+    if not isinstance(error, usage_error):
+        return None
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", "qmemtune")
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    return UserError(message, fix=f"`{command} --help` shows what it takes")
+
+
+def _reader_is_gone() -> int:
+    """Whoever read our output has stopped (``| head``): end without a word, also from the interpreter's exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        return 1
+    return 1

@@ -1,0 +1,153 @@
+"""``qmemtune eval``: a run beside its base, or a model by itself, on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qmemtune.cli.options import Debug, Json, Overrides, Quiet
+from qmemtune.cli.output import Output, output, plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = False, quiet: Quiet = False) -> None:
+    """Measure a run beside its base, or a bare model.
+
+    The run is run_dir=, else the newest; recipe= or model.path= without run_dir= measures a model by itself.
+    """
+    with output(as_json, debug, quiet) as out:
+        from qmemtune.cli.target import names_bare_model, split_run_dir
+
+        given = overrides or []
+        bare = split_run_dir(given)[0] is None and names_bare_model(given)
+        report = _evaluate_model(given, out) if bare else _evaluate_run(given, out)
+        out.result(report, lambda console: _show(console, report))
+
+
+def _evaluate_run(overrides: Sequence[str], out: Output) -> dict[str, Any]:
+    from qmemtune.cli.display import RowCounter
+    from qmemtune.cli.target import load_target
+
+    run, composed = load_target(overrides, out)
+    config = composed.config
+    from qmemtune.data.prepare import prepare_heldout
+    from qmemtune.engine.restore import load_run
+    from qmemtune.evaluation.verb import evaluate_pair
+    from qmemtune.rundir import write_json
+
+    loaded = load_run(run, config)
+    rows = prepare_heldout(config.data, loaded.tokenizer).heldout
+    with RowCounter(quiet=out.quiet) as counter:
+        report = evaluate_pair(
+            loaded.model,
+            loaded.tokenizer,
+            rows,
+            config.evaluation,
+            source=loaded.source,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            progress=counter,
+        )
+    report = {"run_dir": str(run.path), **report}
+    write_json(run.evaluation, plain(report))
+    return report
+
+
+def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
+    """A model without an adapter: its metrics stand under ``tuned``, and ``base`` is null."""
+    from qmemtune.cli.display import RowCounter
+    from qmemtune.config.compose import compose
+
+    composed = compose(overrides)
+    out.warn(composed.warnings)
+    config = composed.config
+    from qmemtune.data.prepare import prepare_heldout
+    from qmemtune.evaluation.verb import evaluate_single
+    from qmemtune.models.hardware import compute_dtype, pick_device
+    from qmemtune.models.loading import load_base, load_tokenizer
+
+    device = pick_device()
+    tokenizer = load_tokenizer(config.model)
+    model = load_base(config.model, config.quantization, device=device)
+    rows = prepare_heldout(config.data, tokenizer).heldout
+    with RowCounter(quiet=out.quiet) as counter:
+        metrics = evaluate_single(
+            model,
+            tokenizer,
+            rows,
+            config.evaluation,
+            device=device,
+            dtype=compute_dtype(config.model.compute_dtype, device),
+            progress=counter,
+        )
+    examples = {"examples": metrics.pop("examples")} if "examples" in metrics else {}
+    return {"model": config.model.path, "base": None, "tuned": metrics, "rows": metrics.get("rows"), **examples}
+
+
+def _show(console: Console, report: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    base, tuned, difference = report["base"], report["tuned"], report.get("difference") or {}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    titles = ["base", "tuned", "difference (95 % interval)"] if base else ["model"]
+    for title in (*titles, "rows"):
+        table.add_column(title, justify="right")
+    for label, path in _lines(tuned):
+        values = [_at(part, path) for part in ((base, tuned) if base else (tuned,))]
+        cells = [_metric(path[-1], value) for value in values]
+        if base:
+            cells.append(_interval(path[-1], _at(difference, path)))
+        count = "exact_match_rows" if path[-1] == "exact_match" else "rows"
+        table.add_row(Text(label), *cells, str(_at(tuned, (*path[:-1], count)) or ""))
+    console.print(f"{report.get('run_dir') or report.get('model')}", style="bold", markup=False)
+    console.print(table)
+    for name, results in ("base", base or {}), ("tuned", tuned):
+        for task, values in (results.get("tasks") or {}).items():
+            console.print(f"{name} {task}: {values}", markup=False)
+    for example in report.get("examples") or []:
+        console.print("")
+        for name, text in example.items():
+            console.print(f"{name:>9}: {_one_line(str(text))}", markup=False)
+
+
+def _lines(metrics: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+    """(label, where the number stands) of every line of the table."""
+    names = [name for name in ("loss", "perplexity", "exact_match") if metrics.get(name) is not None]
+    lines: list[tuple[str, tuple[str, ...]]] = [(name.replace("_", " "), (name,)) for name in names]
+    groups = metrics.get("groups") or {}
+    for name in ("exact_match", "loss"):
+        if any(group.get(name) is not None for group in groups.values()):
+            lines += [(f"{name.replace('_', ' ')}, {group}", ("groups", group, name)) for group in groups]
+            break
+    return lines
+
+
+def _at(results: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        results = (results or {}).get(name)
+    return results
+
+
+def _metric(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return {"exact_match": f"{value:.1%}", "perplexity": f"{value:.2f}"}.get(name, f"{value:.4f}")
+
+
+def _interval(name: str, found: dict[str, Any] | None) -> str:
+    if not found or found.get("difference") is None:
+        return ""
+    scale, form = (100, "+.1f") if name == "exact_match" else (1, "+.4f")
+    values = [found["difference"], found.get("low"), found.get("high")]
+    texts = [format(value * scale, form) if value is not None else "?" for value in values]
+    unit = " points" if name == "exact_match" else ""
+    return f"{texts[0]}{unit} ({texts[1]} to {texts[2]})"
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,203 @@
+"""``qmemtune generate``: the live model of a run answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qmemtune.cli.options import Debug, Json, Overrides, Quiet
+from qmemtune.cli.output import Output, output
+from qmemtune.errors import Finding, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qmemtune.engine.restore import LoadedRun
+
+OWN_ARGUMENTS = ("prompt", "instruction")
+"""Plain arguments of this verb that are no keys of the config."""
+
+
+def generate(
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt; prompt=TEXT too.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="Prompts: one a line, or jsonl rows with prompt or messages."),
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            "--instruction",
+            metavar="TEXT",
+            help="Text for the instruction prior, if not the prompt's own; instruction=TEXT too.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    as_json: Json = False,
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer prompts with a run's live model, or chat.
+
+    A prompt, a file of prompts, or lines of stdin; with none of them on a terminal, a chat. The run is run_dir=, else
+    the newest.
+    """
+    with output(as_json, debug, quiet) as out:
+        given, rest = _own_arguments(overrides or [])
+        prompt = prompt if prompt is not None else given.get("prompt")
+        instruction = instruction if instruction is not None else given.get("instruction")
+        chat = prompt is None and file is None and sys.stdin.isatty()
+        rows = [] if chat else list(_prompts(prompt, file))
+        from qmemtune.cli.target import load_target
+
+        run, composed = load_target(rest, out)
+        from qmemtune.engine.restore import load_run
+
+        speaker = Speaker(load_run(run, composed.config), instruction, max_new_tokens, temperature)
+        if chat:
+            _chat(speaker, out)
+            return
+        answers = [_answer(speaker, row, out, alone=len(rows) == 1) for row in rows]
+        if out.as_json:
+            out.result({"run_dir": str(run.path), "answers": answers}, _nothing)
+
+
+class Speaker:
+    """A loaded run with the options of its answers."""
+
+    def __init__(self, loaded: LoadedRun, instruction: str | None, max_new_tokens: int, temperature: float) -> None:
+        self.loaded = loaded
+        self.instruction = instruction
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+
+    def stream(self, prompt: Any, instruction: str | None = None) -> Iterator[str]:
+        """The answer in pieces."""
+        from qmemtune.evaluation.generate import stream_answer
+
+        return stream_answer(
+            self.loaded,
+            prompt,
+            instruction=self.instruction if instruction is None else instruction,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+        )
+
+
+def _own_arguments(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """``prompt=`` and ``instruction=``, and the overrides proper."""
+    own: dict[str, str] = {}
+    rest = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and key in OWN_ARGUMENTS:
+            own[key] = value
+        else:
+            rest.append(override)
+    return own, rest
+
+
+def _prompts(prompt: str | None, file: Path | None) -> Iterator[dict[str, Any]]:
+    """Rows with ``prompt`` (text or messages) and perhaps ``instruction``.
+
+    Raises:
+        UserError: the file cannot be read, or holds no prompt.
+    """
+    if prompt is not None and file is not None:
+        raise UserError("a prompt and a file of prompts are given", fix="give one of --prompt and --file")
+    if prompt is not None:
+        yield {"prompt": prompt}
+        return
+    where = "stdin" if file is None else str(file)
+    try:
+        lines = sys.stdin.read().splitlines() if file is None else file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=where) from None
+    is_jsonl = file is not None and file.suffix.lower() in (".jsonl", ".ndjson")
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise UserError("holds no prompt", where=where, fix="write one prompt a line, or give --prompt")
+    findings: list[Finding] = []
+    parsed = [_row(line, f"{where}:{number}", findings) if is_jsonl else {"prompt": line} for number, line in rows]
+    if findings:
+        raise UserError.many(findings)
+    yield from parsed
+
+
+def _row(line: str, where: str, findings: list[Finding]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        findings.append(Finding(f"not valid JSON: {error}", where))
+        return {}
+    prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+    if not isinstance(prompt, str | list) or not prompt:
+        findings.append(Finding("no prompt", where, 'write {"prompt": "..."} or {"messages": [...]}'))
+        return {}
+    instruction = row.get("instruction")
+    return {"prompt": prompt} | ({"instruction": instruction} if isinstance(instruction, str) else {})
+
+
+def _answer(speaker: Speaker, row: dict[str, Any], out: Output, *, alone: bool) -> dict[str, Any]:
+    if not alone and not out.as_json and out.stdout.isatty():
+        out.note(f"> {row['prompt']}")
+    return {**row, "answer": _say(speaker.stream(row["prompt"], row.get("instruction")), out)}
+
+
+def _say(pieces: Iterator[str], out: Output) -> str:
+    """Print an answer while it comes."""
+    said = []
+    for piece in pieces:
+        said.append(piece)
+        if not out.as_json:
+            out.stdout.write(piece)
+            out.stdout.flush()
+    if not out.as_json:
+        out.stdout.write("\n")
+        out.stdout.flush()
+    return "".join(said)
+
+
+def _chat(speaker: Speaker, out: Output) -> None:
+    """Ask and answer until the input ends.
+
+    A run trained on conversations answers the whole conversation; any other takes each line by itself.
+    """
+    from qmemtune.data.render import form_of_training_rows
+
+    data = speaker.loaded.config.data
+    form = data.format if data.format != "auto" else form_of_training_rows(data)
+    remembers = form == "messages" or data.chat == "always"
+    out.note("an empty line or Ctrl-D ends it" + ("; /new starts a new conversation" if remembers else ""))
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        if line == "/new":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            answer = _say(speaker.stream(list(messages) if remembers else line), out)
+        except KeyboardInterrupt:
+            out.note("\n(stopped)")
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _nothing(console: Console) -> None:
+    """Answers were printed while they came."""

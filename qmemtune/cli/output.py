@@ -1,0 +1,119 @@
+"""Everything the verbs print: results to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qmemtune.cli.quiet import silence
+from qmemtune.errors import Finding, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a verb prints."""
+
+    stdout: TextIO
+    as_json: bool
+    quiet: bool
+
+    def result(self, value: Mapping[str, Any], show: Callable[[Console], None]) -> None:
+        """Print a verb's result: as one JSON object, or by ``show``."""
+        if self.as_json:
+            write_json_line(self.stdout, value)
+        else:
+            show(console(self.stdout))
+
+    def note(self, text: str) -> None:
+        """One line for the reader that is no result."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, lines: list[str]) -> None:
+        """Warnings, one a line."""
+        for line in lines:
+            self.note(f"warning: {line}")
+
+
+@contextmanager
+def output(as_json: bool, debug: bool, quiet: bool) -> Iterator[Output]:
+    """What a verb runs inside: libraries are silenced, and with ``as_json`` only the result reaches stdout."""
+    silence(debug=debug, quiet=quiet)
+    stdout = sys.stdout
+    if not as_json:
+        yield Output(stdout, as_json, quiet)
+        return
+    with redirect_stdout(sys.stderr):
+        yield Output(stdout, as_json, quiet)
+
+
+def console(stream: TextIO) -> Console:
+    """A Rich console that wraps and colours on a terminal only."""
+    from rich.console import Console
+
+    wide = None if stream.isatty() else 200
+    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=wide)
+
+
+def write_json_line(stream: TextIO, value: Mapping[str, Any]) -> None:
+    """One JSON object on one line."""
+    stream.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+    stream.flush()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: paths as text, numbers that are not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value) if isinstance(value, Path) else getattr(value, "item", lambda: str(value))()
+
+
+def print_error(error: BaseException, *, as_json: bool, debug: bool) -> None:
+    """One line for each finding on stderr; with ``as_json`` the JSON error on stdout."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, UserError):
+        findings, value = error.findings, error.as_dict()
+    else:
+        text = " ".join(str(error).split())
+        problem = f"internal error: {type(error).__name__}: {text}"
+        fix = None if debug else "run again with --debug for the traceback"
+        findings = [Finding(problem, None, fix)]
+        value = {"problem": problem, "where": None, "fix": fix}
+    lines = console(sys.stderr)
+    for finding in findings:
+        lines.print(_line(finding))
+    if as_json:
+        write_json_line(sys.stdout, {"error": value})
+
+
+def _line(finding: Finding) -> Any:
+    from rich.text import Text
+
+    line = Text("error: ", style="bold red")
+    if finding.where:
+        line.append(f"{_one_line(finding.where)}: ", style="bold")
+    line.append(_one_line(finding.problem), style="default")
+    if finding.fix:
+        line.append(f" -> {_one_line(finding.fix)}", style="cyan")
+    return line
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split("\n"))

@@ -1,0 +1,44 @@
+"""Silence what libraries print, by their own switches. Call before they are imported; --debug leaves them be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "filelock",
+    "fsspec",
+    "gguf",
+    "httpx",
+    "huggingface_hub",
+    "peft",
+    "sentence_transformers",
+    "torch",
+    "transformers",
+    "trl",
+    "urllib3",
+)
+
+
+def silence(*, debug: bool, quiet: bool) -> None:
+    """Errors only from libraries; download bars only on a terminal."""
+    # One process tokenises at a time here; the library would warn about every fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=rf"{name}(\..*)?$")

@@ -1,0 +1,76 @@
+"""``qmemtune train``: train an adapter into a run folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qmemtune.cli.options import Debug, Json, Overrides, Quiet
+from qmemtune.cli.output import output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def train(
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compose, check and say what would happen; train nothing.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter: train recipe=quickstart."""
+    with output(as_json, debug, quiet) as out:
+        from qmemtune.config.compose import compose
+
+        composed = compose(overrides or [])
+        out.warn(composed.warnings)
+        if dry_run:
+            from qmemtune.engine.plan import plan
+
+            planned = plan(composed)
+            out.result(planned, lambda console: show_facts(console, planned))
+            return
+        from qmemtune.cli.display import make_progress
+        from qmemtune.engine.run import train as run_training
+
+        summary = run_training(composed, progress=make_progress(quiet=quiet))
+        out.result(summary, lambda console: _show(console, summary))
+
+
+def _show(console: Console, summary: dict[str, Any]) -> None:
+    from qmemtune.cli.numbers import metrics_line, short
+
+    loss = f", train loss {short(summary['train_loss'])}" if summary.get("train_loss") is not None else ""
+    console.print(f"trained {summary['steps']} steps{loss}", style="bold")
+    if summary.get("eval"):
+        console.print(f"held-out: {metrics_line(summary['eval'])}", markup=False)
+    speed = [
+        f"{summary[key]:,.{digits}f} {unit}"
+        for key, digits, unit in (("tokens_per_s", 0, "tokens/s"), ("step_s_median", 2, "s a step"))
+        if summary.get(key) is not None
+    ]
+    if speed:
+        console.print(f"speed: {', '.join(speed)}; {summary['trainable_parameters']:,} trainable parameters")
+    console.print(f"run folder: {summary['run_dir']}", markup=False)
+    console.print("next: qmemtune eval, qmemtune merge-export, qmemtune generate", style="dim")
+
+
+def show_facts(console: Console, facts: dict[str, Any], indent: str = "") -> None:
+    """Nested facts, one a line."""
+    from qmemtune.cli.numbers import short
+
+    for name, value in facts.items():
+        label = name.replace("_", " ")
+        if isinstance(value, dict):
+            console.print(f"{indent}{label}:", markup=False)
+            show_facts(console, value, indent + "  ")
+        elif isinstance(value, list):
+            console.print(f"{indent}{label}:" if value else f"{indent}{label}: none", markup=False)
+            for item in value:
+                console.print(f"{indent}  {item}", markup=False)
+        elif value is not None:
+            console.print(f"{indent}{label}: {short(value)}", markup=False)
