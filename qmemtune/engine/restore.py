@@ -59,6 +59,7 @@ def load_run(run: RunDir, config: Config, *, device: torch.device | None = None)
             where=str(run.adapter),
             fix="use the base that the run was trained on (model.path in its config.yaml)",
         ) from error
+    model.requires_grad_(False)
     model.eval()
     return LoadedRun(model, tokenizer, config, device, dtype, InstructionSource(model, tokenizer))
 
