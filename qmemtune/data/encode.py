@@ -24,7 +24,7 @@ class Segment:
     loss: bool
     """Whether its tokens are in the loss."""
     eos: bool = False
-    """Whether the end-of-sequence token follows."""
+    """Whether the end-of-sequence token closes it."""
 
 
 class Encoder:
@@ -132,7 +132,8 @@ class Encoder:
         joined = []
         for segment in row:
             ids = [token for piece in segment.pieces if piece for token in jobs[next(keys)]]
-            if segment.eos and self.eos_token_id is not None:
+            # A completion template may end with the token itself.
+            if segment.eos and self.eos_token_id is not None and ids[-1:] != [self.eos_token_id]:
                 ids.append(self.eos_token_id)
             joined.append(ids)
         return joined

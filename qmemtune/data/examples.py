@@ -73,6 +73,14 @@ class ExampleMaker:
                 where="data.columns",
                 fix=f"its fields are {', '.join(self.form.fields)} (field: column)",
             )
+        missing = [self.columns.get(field, field) for field in self.needed(self.form)]
+        missing = [column for column in missing if column not in known]
+        if missing:
+            raise UserError(
+                f"the form '{self.form.name}' needs the column {' and '.join(missing)}, which no row has",
+                where=rows[0].file,
+                fix=f"data.columns='{{FIELD: COLUMN}}' says which column is which; the columns are {', '.join(known)}",
+            )
         for text_template in (self.prompt_template, self.completion_template):
             if text_template is not None:
                 text_template.check([*known, *(self.columns if known else text_template.fields)])

@@ -166,11 +166,11 @@ def prompt_completion(row: Fields) -> Parts:
 )
 def alpaca(row: Fields) -> Parts:
     """``instruction``, ``output``; optionally ``input`` and ``system``. Dressed in the Stanford Alpaca prompts."""
+    instruction = row.text("instruction") if row.prompt is None else row.optional("instruction") or row.prompt
     completion = row.text("output") if row.completion is None else row.completion
     if row.prompt is not None:
-        asked = row.optional("instruction") or row.prompt
-        return Parts(row.prompt, row.prompt, completion, asked, row.optional("system"))
-    instruction, extra = row.text("instruction"), row.optional("input")
+        return Parts(row.prompt, row.prompt, completion, instruction, row.optional("system"))
+    extra = row.optional("input")
     return Parts(
         user=f"{instruction}\n\n{extra}" if extra.strip() else instruction,
         prompt=alpaca_prompt(instruction, extra),
