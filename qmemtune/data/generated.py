@@ -13,13 +13,13 @@ from collections.abc import Callable
 Row = dict[str, str]
 
 WORDS = (
-    "cat dog sun tree book fish bird car house milk bread stone river cloud apple chair table door lamp ring king queen "
-    "horse sheep goat wolf bear lion tiger mouse snake frog duck hen egg leaf root seed flower grass hill lake sea wave "
-    "sand rock gold iron wood glass paper pen ink map boat ship train bus bike road bridge tower wall roof floor bed cup "
-    "plate fork knife spoon pot pan salt sugar rice corn bean nut plum pear peach lemon grape berry honey butter cheese "
-    "meat soup cake pie tea coffee water juice fire smoke ice snow rain wind storm star moon sky day night week month "
-    "year hand foot head eye ear nose mouth arm leg knee back heart blood bone skin hair coat hat shoe sock shirt belt "
-    "bag box key lock bell drum horn song dance game ball rope net wheel nail hammer"
+    "cat dog sun tree book fish bird car house milk bread stone river cloud apple chair table door lamp ring king "
+    "queen horse sheep goat wolf bear lion tiger mouse snake frog duck hen egg leaf root seed flower grass hill lake "
+    "sea wave sand rock gold iron wood glass paper pen ink map boat ship train bus bike road bridge tower wall roof "
+    "floor bed cup plate fork knife spoon pot pan salt sugar rice corn bean nut plum pear peach lemon grape berry "
+    "honey butter cheese meat soup cake pie tea coffee water juice fire smoke ice snow rain wind storm star moon sky "
+    "day night week month year hand foot head eye ear nose mouth arm leg knee back heart blood bone skin hair coat "
+    "hat shoe sock shirt belt bag box key lock bell drum horn song dance game ball rope net wheel nail hammer"
 ).split()
 
 FAMILIES: dict[str, tuple[str, Callable[[list[str]], list[str]]]] = {
@@ -49,13 +49,13 @@ def word_lists() -> tuple[list[Row], list[Row]]:
     """
     rng = random.Random(20261)
     heldout_inputs: set[frozenset[str]] = set()
-    heldout = []
+    heldout: list[Row] = []
     for family in FAMILIES:
         for _ in range(HELDOUT_ROWS_A_FAMILY):
             words = rng.sample(WORDS, NUM_WORDS)
             heldout_inputs.add(frozenset(words))
             heldout.append(_row(family, words))
-    train = []
+    train: list[Row] = []
     families = list(FAMILIES)
     while len(train) < TRAIN_ROWS:
         words = rng.sample(WORDS, NUM_WORDS)

@@ -28,8 +28,6 @@ class AdapterPass:
     """Summary states ``W_s h_j`` of the blocks in the order in which they ran, (..., K)."""
     earlier: dict[int, int] = field(default_factory=dict)
     """Block -> how many of ``states`` its route may read: those of blocks that ran before it."""
-    log_prior: Tensor | None = None
-    """Log-prior over atoms, (B, M)."""
     divergences: list[Tensor] = field(default_factory=list)
     """One mean KL(route without prior || prior) a block, scalars."""
 
@@ -42,6 +40,8 @@ class ForwardContext:
     """Adapter name -> its state."""
     token_mask: Tensor | None = None
     """1 for real tokens, 0 for padding, (B, T); None if the caller gave none."""
+    instruction: Tensor | None = None
+    """Unit-norm instruction embeddings of the rows, (B, E), zeros for none; kept for recomputation."""
 
 
 class ContextHolder:
@@ -89,7 +89,8 @@ class BoundCheckpoint:
     """
 
     def __init__(self, function: Callable[..., Any], holder: ContextHolder) -> None:
-        if getattr(function, "keywords", {}).get("use_reentrant", False):
+        # Where nothing is said, torch takes the reentrant variant.
+        if getattr(function, "keywords", {}).get("use_reentrant", True):
             raise ValueError(
                 "reentrant gradient checkpointing gives wrong router gradients: "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
@@ -99,4 +100,3 @@ class BoundCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.function(self.holder.bind(function), *args, **kwargs)
-
