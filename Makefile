@@ -1,8 +1,8 @@
 # Every target sets up what it needs in .venv; a second call skips that.
 PYTHON ?= python3
 VENV ?= .venv
-# pytest's worker processes, each with one torch thread.
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# pytest's worker processes, each with one torch thread and up to 1 GiB of memory.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 BIN := $(VENV)/bin
 # -qq: errors only.
