@@ -71,6 +71,8 @@ def read_json(path: Path) -> Iterator[RawRow | Rejected]:
             yield from array_rows(text, start, path)
         elif is_json_lines(text[start:]):
             yield from read_jsonl(path)
+        elif text[start] != "{":
+            raise json.JSONDecodeError("Expecting an array or an object", text, start)
         else:
             yield from object_rows(text, start, path)
     except json.JSONDecodeError as error:

@@ -111,6 +111,8 @@ class Preparation:
                 train.report.fail("no training row can be used")
         for source in self.report.sources:
             source.check(config.max_rejected)
+        if config.eval_fraction > 0 and not held_rows:
+            self._warn("no held-out row is left, so nothing can be evaluated")
         self._advise(train or held_source)
         return PreparedData(train_rows, held_rows, self.report, (train or held_source).form)
 
@@ -144,6 +146,8 @@ class Preparation:
         else:
             found = read_rows(path, name=self.config.name, split=split)
             label = path if split == self.config.split else f"{path} ({split})"
+        if self.config.name is not None and (path.startswith(GENERATED) or Path(path).expanduser().exists()):
+            self._warn(f"data.name has no effect for {path}: only hub data sets have configurations")
         report = SourceReport(label)
         self.report.sources.append(report)
         raw: list[RawRow] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from qmemtune.data.records import RawRow, Rejected, excerpt
 from qmemtune.errors import UserError
 
 PARQUET_ROWS = 1024
+LONGEST_FIELD = 2**31 - 1
+"""Characters; csv's own limit of 128 Ki would refuse long texts."""
 
 
 def read_csv(path: Path) -> Iterator[RawRow | Rejected]:
@@ -25,7 +26,7 @@ def read_csv(path: Path) -> Iterator[RawRow | Rejected]:
     """
     check_encoding(path)
     name = str(path)
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts beyond 128 Ki characters
+    limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             delimiter = guess_delimiter(file.readline())

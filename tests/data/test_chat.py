@@ -21,8 +21,9 @@ WITH_DEFAULT_SYSTEM = (
 # Like templates of reasoning models: the last answer begins with an empty thought, earlier ones lose it.
 REWRITING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ '(no thought)\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '(no thought)\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PROMPT_NOT_A_PREFIX = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"

@@ -30,18 +30,27 @@ LINES = {
     "other case": (b'{"Prompt": "a", "completion": "b"}', "column 'prompt' is missing"),
     "null completion": (b'{"prompt": "a", "completion": null}', "column 'completion' is null, not text"),
     "number completion": (b'{"prompt": "a", "completion": 5}', "column 'completion' is a number, not text"),
-    "NaN completion": (b'{"prompt": "a", "completion": NaN}', "column 'completion' is not a number (NaN or infinity), not text"),
+    "NaN": (b'{"prompt": "a", "completion": NaN}', "column 'completion' is not a number (NaN or infinity), not text"),
     "true completion": (b'{"prompt": "a", "completion": true}', "column 'completion' is true/false, not text"),
     "list completion": (b'{"prompt": "a", "completion": ["b"]}', "column 'completion' is a list, not text"),
     "nested prompt": (b'{"prompt": {"text": "a"}, "completion": "b"}', "column 'prompt' is an object, not text"),
     "empty prompt": (b'{"prompt": "", "completion": "b"}', "column 'prompt' is empty"),
     "blank completion": (b'{"prompt": "a", "completion": " \\n\\t "}', "column 'completion' is empty"),
     "not UTF-8": (b'{"prompt": "a\xff\xfe", "completion": "b"}', "column 'prompt' is not valid Unicode text"),
-    "latin-1": ('{"prompt": "a", "completion": "größer"}'.encode("latin-1"), "column 'completion' is not valid Unicode text"),
+    "latin-1": (
+        '{"prompt": "a", "completion": "größer"}'.encode("latin-1"),
+        "column 'completion' is not valid Unicode text",
+    ),
     "lone surrogate": (b'{"prompt": "a", "completion": "\\ud83d"}', "column 'completion' is not valid Unicode text"),
-    "instruction of a wrong type": (b'{"prompt": "a", "completion": "b", "instruction": 7}', "column 'instruction' is a number, not text"),
-    "prompt beyond max_length": (b'{"prompt": "' + b"word " * 200 + b'", "completion": "b"}', "all loss tokens are cut off by data.max_length"),
-}  # fmt: skip
+    "instruction of a wrong type": (
+        b'{"prompt": "a", "completion": "b", "instruction": 7}',
+        "column 'instruction' is a number, not text",
+    ),
+    "prompt beyond max_length": (
+        b'{"prompt": "' + b"word " * 200 + b'", "completion": "b"}',
+        "all loss tokens are cut off by data.max_length",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", LINES)
@@ -112,14 +121,20 @@ FILES = {
     "array without a comma": ("a.json", b"[" + GOOD + GOOD + b"]", "malformed JSON"),
     "text after the array": ("a.json", b"[" + GOOD + b"] x", "Extra data"),
     "deep array": ("a.json", b"[" * 200_000, "nested too deeply"),
+    "a number": ("a.json", b" 0", "Expecting an array or an object"),
+    "an object cut off": ("a.json", b'{"data": [{"prompt": "a"}', "malformed JSON"),
     "two lists": ("a.json", b'{"train": [{}], "test": [{}]}', "holds 2 lists"),
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "UTF-16"),
     "not parquet": ("a.parquet", b"PAR1 no", "not a readable parquet file"),
     "unknown ending": ("a.xlsx", b"x", "names no known kind of file"),
     "quote never closed": ("a.csv", b'prompt,completion\na,b\nc,"d\ne,f\n', "never closed"),
     "header twice": ("a.csv", b"prompt,prompt\na,b\n", "names columns twice"),
-    "all prompts too long": ("a.jsonl", b'{"prompt": "' + b"w " * 999 + b'", "completion": "b"}', "all loss tokens are cut off"),
-}  # fmt: skip
+    "all prompts too long": (
+        "a.jsonl",
+        b'{"prompt": "' + b"w " * 999 + b'", "completion": "b"}',
+        "all loss tokens are cut off",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -149,9 +164,9 @@ def test_the_share_and_the_count_of_allowed_bad_rows(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes((GOOD + b"\n") * 99 + b"bad\n")
     assert len(prepare_data(DataConfig(path=str(path), max_rejected=0.01, eval_fraction=0.0), tokenizer).train) == 99
-    with pytest.raises(UserError, match="allows 0.5%"):
+    with pytest.raises(UserError, match=r"allows 0\.5%"):
         prepare_data(DataConfig(path=str(path), max_rejected=0.005), tokenizer)
-    with pytest.raises(UserError, match=r"allows 0.0%"):
+    with pytest.raises(UserError, match=r"allows 0\.0%"):
         prepare_data(DataConfig(path=str(path), max_rejected=0), tokenizer)
 
 

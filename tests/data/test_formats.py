@@ -80,8 +80,8 @@ def test_messages_have_every_assistant_turn_in_the_loss(write_rows, tokenizer, i
     row = first(DataConfig(path=path, **NO_EVAL), tokenizer)
     assert in_loss(row) == "1<|im_end|>|2<|im_end|>"
     assert tokenizer.decode(row["prompt_ids"]) == (
-        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
-        "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\none?<|im_end|>\n"
+        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert (row["answer"], row["instruction"]) == ("2", "one?")
 
