@@ -203,6 +203,8 @@ def _find_recipe(given: Overrides) -> Path | None:
 
 def _compose_files(recipe: Path | None, given: Overrides) -> list[Setting]:
     """Settings of the recipe and of all that its defaults list and the given groups name, in order of merging."""
+    if recipe is None and not given.groups:
+        return []
     folders = search_path(recipe)
     reachable = Reachable(folders, given.groups)
     if recipe is not None:

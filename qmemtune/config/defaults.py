@@ -36,6 +36,14 @@ class Reachable:
         file = read_yaml(path)
         self.files[path] = file
         self.findings.extend(file.findings)
+        if file.defaults and file.settings and "_self_" not in [entry for entry, _ in file.defaults]:
+            self.findings.append(
+                Finding(
+                    "the defaults list lacks _self_, so its options would replace the file's own values",
+                    f"{shown(path)}:{file.defaults[0][1]}",
+                    "add `- _self_` as its last entry",
+                )
+            )
         for entry, line in file.defaults:
             self._entry(entry, f"{shown(path)}:{line}", path, group, above)
 

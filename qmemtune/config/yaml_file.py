@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qmemtune.config import interpolate
 from qmemtune.config.places import shown
 from qmemtune.config.settings import Setting
 from qmemtune.errors import Finding
@@ -158,7 +159,17 @@ def _leaf(key: str, node: yaml.Node, loader: DataLoader, result: YamlFile) -> No
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         result.findings.append(Finding(f"{key}: not a value: {' '.join(str(error).split())}", _at(result, node)))
         return
+    problems = [problem for text in _texts(value) if (problem := interpolate.problem_with(text))]
+    if problems:
+        result.findings.append(Finding(f"{key}: {problems[0]}", _at(result, node), interpolate.FIX))
+        return
     result.settings.append(Setting(key, value, shown(result.path), node.start_mark.line + 1, _raw(node)))
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [text for part in value for text in _texts(part)] if isinstance(value, list) else []
 
 
 def _raw(node: yaml.Node) -> Any:

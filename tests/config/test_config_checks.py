@@ -1,0 +1,97 @@
+"""Combinations that cannot work are refused, those without effect warned about."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmemtune.config.compose import compose
+from qmemtune.errors import UserError
+
+BASE = ["model.path=a/b", "data.path=c/d"]
+QUERYABLE = [*BASE, "adapter=queryable"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([*QUERYABLE, "adapter.top_k=17"], "top_k = 17 is more than num_atoms = 16"),
+        ([*QUERYABLE, "adapter.top_k=0"], "at least 1"),
+        ([*QUERYABLE, "adapter.num_atoms=0"], "at least 1"),
+        ([*QUERYABLE, "adapter.core_weight_decay=-1"], "must not be negative"),
+        ([*QUERYABLE, "adapter.prior_temperature=0"], "must be above 0"),
+        ([*QUERYABLE, "trainer.gradient_checkpointing_use_reentrant=true"], "reentrant"),
+        ([*BASE, "adapter.r=0"], "at least 1"),
+        ([*BASE, "adapter.dropout=1"], "must be in [0, 1)"),
+        ([*BASE, "adapter.target_modules=[]"], "names no layer"),
+        ([*BASE, "adapter.target_modules=[all-linear,q_proj]"], "beside other names"),
+        ([*BASE, "adapter.layers_to_transform=[-1]"], "indices from 0"),
+        ([*BASE, "adapter.init=pissa", "quantization=nf4"], "full-precision"),
+        ([*BASE, "adapter.init=orthogonal", "adapter.r=5"], "even rank"),
+        ([*BASE, "data.max_length=0"], "at least 1"),
+        ([*BASE, "data.eval_fraction=1.5"], "must be in [0, 1)"),
+        ([*BASE, "data.remove_pattern=("], "not a regular expression"),
+        ([*BASE, "trainer.per_device_train_batch_size=-1"], "at least 1"),
+        ([*BASE, "trainer.max_steps=10", "optimizer.warmup_steps=10"], "does not end within 10"),
+        ([*BASE, "optimizer.warmup_steps=1.5"], "must be whole"),
+        ([*BASE, "optimizer.learning_rate=0"], "above 0"),
+        ([*BASE, "optimizer.betas=[0.9]"], "two numbers"),
+        ([*BASE, "trainer.early_stopping_patience=2"], "needs evaluations during training"),
+        ([*BASE, "trainer.keep_best=true", "evaluation.every_steps=5", "data.eval_fraction=0"], "none are held out"),
+        ([*BASE, "evaluation.samples.every_steps=5", "data.eval_fraction=0"], "none are held out"),
+        ([*BASE, "trainer.keep_best=true", "evaluation.every_steps=5", "trainer.save_steps=7"], "multiple of 5"),
+        ([*BASE, "data.path=/nowhere/rows.jsonl"], "does not exist"),
+        ([*BASE, "model.path=./nowhere"], "does not exist"),
+        ([*BASE, "model.chat_template=nowhere.jinja"], "does not exist"),
+        ([*BASE, "resume=runs/x/checkpoint-5"], "does not exist"),
+        ([*BASE, "resume=auto"], "needs to know the run folder"),
+        ([*BASE, "data.path="], "is empty"),
+        ([*BASE, "seed=-1"], "must not be negative"),
+        ([*BASE, "seed=4294967296"], "below 2**32"),
+        ([*BASE, "+recipe_name=x"], "unknown key"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides, problem):
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    assert any(problem in str(finding) for finding in caught.value.findings), caught.value
+    # The last override is the one at fault, and is named.
+    assert any(finding.where in overrides or "(default)" in finding.where for finding in caught.value.findings)
+
+
+def test_checks_report_together():
+    with pytest.raises(UserError) as caught:
+        compose([*QUERYABLE, "adapter.top_k=99", "adapter.r=0", "trainer.keep_best=true"])
+    assert len(caught.value.findings) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["data.path=generated:word_lists", "data.split=test"], "data.split"),
+        (["data.eval_path=e/f", "data.eval_fraction=0.1"], "data.eval_fraction"),
+        (["evaluation.exact_match.max_rows=5"], "evaluation.exact_match.max_rows"),
+        (["evaluation.samples.count=5"], "evaluation.samples.count"),
+        (["evaluation.tasks_limit=5"], "evaluation.tasks_limit"),
+        (["quantization.double_quant=false"], "quantization.double_quant"),
+        (["trainer.gradient_checkpointing_use_reentrant=true"], "trainer.gradient_checkpointing_use_reentrant"),
+        (["model.path=package:a/b.gguf", "model.revision=main"], "model.revision"),
+        (["adapter=queryable", "adapter.prior_kl=0.1"], "adapter.prior_kl"),
+        (["adapter=queryable", "adapter.instruction_prior=1", "data.instruction=none"], "adapter.instruction_prior"),
+        (["trainer.max_steps=5", "trainer.num_train_epochs=2"], "trainer.num_train_epochs"),
+        (["optimizer=sgd", "optimizer.eps=1e-6"], "optimizer.eps"),
+        (["optimizer.schedule=constant", "optimizer.warmup_steps=5"], "optimizer.warmup_steps"),
+        (["tracking.project=x"], "tracking.project"),
+        (["export.format=lora", "export.dtype=float32"], "export.dtype"),
+        (["export.calibration_rows=5"], "export.calibration_rows"),
+        (["data.format=messages", "data.prompt_template={x}"], "data.prompt_template"),
+    ],
+)
+def test_what_does_nothing_is_warned_about(overrides, key):
+    composed = compose([*BASE, *overrides])
+    assert [line for line in composed.warnings if f"{key} has no effect" in line], composed.warnings
+    assert len(composed.warnings) == 1
+
+
+def test_literal_backslash_n_in_a_template_is_warned_about():
+    (line,) = compose([*BASE, "data.prompt_template=Q: {q}\\nA: "]).warnings
+    assert "not a line break" in line
