@@ -106,3 +106,15 @@ def test_the_report_counts_what_there_is(many, tokenizer):
 def test_options_that_make_no_sense(tokenizer, options):
     with pytest.raises(UserError):
         prepare_data(DataConfig(**options), tokenizer)
+
+
+def test_options_without_effect_and_an_empty_held_out_part_are_warned_about(write_rows, tokenizer):
+    rows = [{"prompt": "word " * 99 if i == 0 else f"ask {i}", "completion": "x"} for i in range(3)]
+    config = DataConfig(path=write_rows(rows), name="main", max_length=32, max_rejected=1)
+    for seed in range(20):
+        data = prepare_data(replace(config, split_seed=seed), tokenizer)
+        assert "data.name has no effect" in data.report.warnings[0]
+        assert any("nothing can be evaluated" in text for text in data.report.warnings) == (not data.heldout)
+        if not data.heldout:
+            return
+    raise AssertionError("no seed held out the long row")
