@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from qmemtune.config.schema import QuantizationConfig
@@ -36,6 +38,7 @@ def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) ->
             fix="run `pip install bitsandbytes`, or use quantization=none",
         )
     if quantization.kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_about_inputs)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -43,6 +46,36 @@ def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) ->
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _not_about_inputs(record: logging.LogRecord) -> bool:
+    # bitsandbytes says that it casts inputs to float16 in every layer of every forward: that is what int8 does.
+    return "inputs will be cast" not in record.getMessage()
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer itself holds its weight in 4 or 8 bits."""
+    # Its own parameter: adapters have a property of this name that looks through to their base layer.
+    return type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
+
+
+def dequantised_weight(layer: nn.Module) -> Tensor:
+    """The weight that a quantised layer multiplies with, float32, (out_features, in_features).
+
+    The layer is left as it is. (PEFT's and transformers' functions for this move an 8-bit weight, which then loses its
+    scales and fails in the next forward.)
+    """
+    weight: Any = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        unpacked: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return unpacked.float()
+    # The first forward moves values and scales from the weight to the layer's state.
+    state: Any = layer.state
+    values = weight.data if state.CB is None else state.CB
+    scales = weight.SCB if state.SCB is None else state.SCB
+    return values.float() * (scales.float() / 127.0).view(-1, 1)
 
 
 def keep_4bit_trainable(model: nn.Module) -> int:

@@ -98,15 +98,10 @@ def load_base(
     device = device or pick_device()
     dtype = compute_dtype(config.compute_dtype, device)
     source = resolve(config.path, config.revision)
-    common: dict[str, Any] = {
-        "revision": source.revision or "main",
-        "trust_remote_code": config.trust_remote_code,
-    }
     bits = bitsandbytes_config(quantization, dtype)
-    # Else transformers would ask a service on the hub to convert a model that has only pickled weights.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    options: dict[str, Any] = {}
     with explained(source):
-        own = getattr(AutoConfig.from_pretrained(source.location, **common), "quantization_config", None)
+        own = _own_quantization(source, config)
         if own is not None and bits is not None:
             raise UserError(
                 f"{source.origin} is stored quantised already",
@@ -114,18 +109,60 @@ def load_base(
                 fix="use quantization=none to keep its own form",
             )
         if config.attn_implementation is not None:
-            common["attn_implementation"] = config.attn_implementation
+            options["attn_implementation"] = config.attn_implementation
         if bits is not None:
-            common["quantization_config"] = bits
+            options["quantization_config"] = bits
         if bits is not None or own is not None or device.type != "cpu":
-            common["device_map"] = {"": device}
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
-        )
-    model: PreTrainedModel = loaded[0]
-    _check_whole(source, loaded[1])
+            options["device_map"] = {"": device}
+        model = _from_pretrained(source, config, dtype, **options)
     keep_4bit_trainable(model)
     return model.requires_grad_(False).eval()
+
+
+def load_unquantised(config: ModelConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The base model on the CPU with its weights as the files hold them, to merge an adapter into.
+
+    Args:
+        dtype: of the weights; that of the files if not given.
+
+    Raises:
+        UserError: as :func:`load_base`; also if the files themselves are quantised.
+    """
+    source = resolve(config.path, config.revision)
+    with explained(source):
+        if _own_quantization(source, config) is not None:
+            raise UserError(
+                f"{source.origin} is stored quantised, so there are no full weights to merge into",
+                where="model.path",
+                fix="use export.format=lora or adapter, or train on the unquantised model",
+            )
+        model = _from_pretrained(source, config, dtype or "auto")
+    return model.requires_grad_(False).eval()
+
+
+def _own_quantization(source: Source, config: ModelConfig) -> Any:
+    """The quantisation that the model's files are stored in, or ``None``."""
+    found = AutoConfig.from_pretrained(
+        source.location, revision=source.revision or "main", trust_remote_code=config.trust_remote_code
+    )
+    return getattr(found, "quantization_config", None)
+
+
+def _from_pretrained(source: Source, config: ModelConfig, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    # Else transformers would ask a service on the hub to convert a model that has only pickled weights.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source.location,
+        revision=source.revision or "main",
+        trust_remote_code=config.trust_remote_code,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    _check_whole(source, info)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _check_whole(source: Source, info: dict[str, Any]) -> None:

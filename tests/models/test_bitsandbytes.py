@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
-from qmemtune.models.bitsandbytes import keep_4bit_trainable
+from qmemtune.models.bitsandbytes import dequantised_weight, is_quantised, keep_4bit_trainable
 from qmemtune.models.loading import load_base
 
 IDS = torch.arange(1, 13).view(1, 12)
@@ -52,3 +52,20 @@ def test_double_quantisation_is_an_option(model_folder: Callable[[str], Path]) -
     for double in (True, False):
         model = load_base(config, QuantizationConfig("nf4", double_quant=double))
         assert model.model.layers[0].mlp.up_proj.weight.quant_state.nested is double
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_dequantising_leaves_the_layer_as_it_is(model_folder: Callable[[str], Path], kind: str) -> None:
+    model = load_base(ModelConfig(path=str(model_folder("llama"))), QuantizationConfig(kind=kind))
+    layer = model.model.layers[0].mlp.up_proj
+    assert is_quantised(layer)
+    assert not is_quantised(model.lm_head)
+    fresh = dequantised_weight(layer)
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(
+            dequantised_weight(layer), fresh
+        )  # also after a forward, which moves an 8-bit weight's parts
+        assert torch.equal(layer(x), first)
+    torch.testing.assert_close(x @ fresh.T, first, rtol=0, atol=1e-6 if kind == "nf4" else 0.02)

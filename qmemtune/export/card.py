@@ -1,0 +1,158 @@
+"""The model card (README.md) of an exported folder: what it is, how it was made and measured, how to load it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path, PurePath
+from typing import Any
+
+from qmemtune.config.schema import Config
+from qmemtune.export.marker import public
+from qmemtune.models.sources import PACKAGE, Source
+from qmemtune.rundir import RunDir, read_json
+
+METRICS = ("loss", "perplexity", "exact_match")
+FORMS = {
+    "merged": "a complete model; the update is part of its weights",
+    "lora": "a standard PEFT LoRA adapter",
+    "adapter": "the adapter as trained, a PEFT folder",
+}
+METHODS = {
+    "lora": "LoRA through PEFT.",
+    "queryable": "A queryable memory: low-rank update atoms shared by all adapted layers and mixed anew for each token"
+    ' ("Queryable LoRA", arXiv 2605.08423).',
+}
+BITS = {
+    "nf4": "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant={double})",
+    "fp4": "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='fp4', bnb_4bit_use_double_quant={double})",
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+}
+
+
+def write_card(folder: Path, run: RunDir, config: Config, source: Source, result: dict[str, Any]) -> None:
+    """Write README.md of an exported folder.
+
+    Args:
+        source: the base model's.
+        result: what the export reports.
+    """
+    parts = [
+        front_matter(config, source),
+        f"# {config.description or f'{source.origin}, fine-tuned'}",
+        f"Form: {FORMS[config.export.format]}.",
+        making(config, source),
+        "## Load it\n\n" + loading(config, source),
+        "## Measured\n\n" + measured(run),
+        "## Fidelity of this export\n\n" + fidelity_text(result),
+        "## Parameters\n\n" + parameters(config),
+        "The licences of the base model and of the data apply.",
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def front_matter(config: Config, source: Source) -> str:
+    """The card's metadata, as the hub reads it; the base is named only if the hub knows it."""
+    lines = ["---", f"library_name: {'transformers' if config.export.format == 'merged' else 'peft'}"]
+    lines.append("pipeline_tag: text-generation")
+    if not source.is_local:
+        lines.append(f"base_model: {source.origin}")
+    lines += ["tags:", "- qmemtune", f"- {'lora' if config.adapter.kind == 'lora' else 'queryable-memory'}", "---"]
+    return "\n".join(lines)
+
+
+def making(config: Config, source: Source) -> str:
+    """Base, data and method."""
+    data = config.data.path
+    if PurePath(data).suffix:
+        data = PurePath(data).name
+    precision = "unquantised" if config.quantization.kind == "none" else f"quantised to {config.quantization.kind}"
+    base = source.origin if source.revision is None else f"{source.origin} (revision {source.revision})"
+    return f"- Base: {base}, {precision} during training\n- Data: {data}\n- Method: {METHODS[config.adapter.kind]}"
+
+
+def loading(config: Config, source: Source) -> str:
+    """Code that loads the folder, with a placeholder for its place."""
+    if config.export.format == "merged":
+        return code(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        )
+    live_memory = config.adapter.kind == "queryable" and config.export.format == "adapter"
+    bits = BITS.get(config.quantization.kind, "").format(double=config.quantization.double_quant)
+    lines = ["from peft import PeftModel"]
+    lines.append(
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if bits else ''}"
+    )
+    if live_memory:
+        lines.append("import qmemtune.adapters  # makes PEFT know the queryable memory")
+    lines.append("")
+    quantised = f", quantization_config={bits}" if bits else ""
+    lines.append(f"base = AutoModelForCausalLM.from_pretrained({base_argument(source)}{quantised})")
+    lines.append('model = PeftModel.from_pretrained(base, "THIS_FOLDER")')
+    lines.append('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")')
+    return code(*lines)
+
+
+def base_argument(source: Source) -> str:
+    """What ``from_pretrained`` takes for the base model."""
+    if not source.is_local:
+        return f'"{source.location}"' + (f', revision="{source.revision}"' if source.revision else "")
+    name = source.origin.removeprefix(PACKAGE)
+    folder, _, file = name.rpartition("/")
+    if file.lower().endswith(".gguf"):
+        return f'"FOLDER_OF_{folder or "THE_FILE"}", gguf_file="{file}"'
+    return f'"{name}"'
+
+
+def measured(run: RunDir) -> str:
+    """Held-out results of the run, base and tuned side by side where both were measured."""
+    if run.evaluation.is_file():
+        results = read_json(run.evaluation)
+        columns = {name: results.get(name) for name in ("base", "tuned")}
+    else:
+        summary = read_json(run.summary) if run.summary.is_file() else {}
+        columns = {"tuned": summary.get("eval")}
+    columns = {name: values for name, values in columns.items() if isinstance(values, dict)}
+    rows = [metric for metric in METRICS if any(number(values.get(metric)) for values in columns.values())]
+    if not rows:
+        return "Nothing was measured on held-out rows."
+    lines = [f"| held-out | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for metric in rows:
+        cells = [f"{values[metric]:.4f}" if number(values.get(metric)) else "" for values in columns.values()]
+        lines.append(f"| {metric.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\nOf the live model; see the next section for this export."
+
+
+def fidelity_text(result: dict[str, Any]) -> str:
+    """How far the export is from the live model."""
+    numbers = result["fidelity"]
+    text = "Exact, up to rounding." if result["exact"] else f"Not exact. {result['note']}"
+    if not numbers["rows"]:
+        return text + " Not measured: the run has no held-out rows."
+    return (
+        f"{text} On {numbers['rows']} held-out rows: loss {numbers['loss_live']:.4f} live,"
+        f" {numbers['loss_exported']:.4f} exported; mean KL(live || exported) {numbers['kl_mean']:.2e} nats a token."
+    )
+
+
+def parameters(config: Config) -> str:
+    """Adapter, optimizer and training length as a list."""
+    chosen: dict[str, Any] = {f"adapter.{key}": value for key, value in asdict(config.adapter).items()}
+    for key in ("name", "learning_rate", "weight_decay", "schedule"):
+        chosen[f"optimizer.{key}"] = getattr(config.optimizer, key)
+    for key in ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        chosen[f"trainer.{key}"] = getattr(config.trainer, key)
+    chosen["seed"] = config.seed
+    return "\n".join(f"- {key}: {public(value)}" for key, value in chosen.items() if value is not None)
+
+
+def number(value: Any) -> bool:
+    """Whether ``value`` can be shown as a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def code(*lines: str) -> str:
+    """A Python code block."""
+    return "\n".join(["```python", *lines, "```"])

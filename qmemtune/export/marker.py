@@ -1,0 +1,64 @@
+"""``qmemtune.json`` in an exported folder: what it is and what it was made from, fit to be published."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any
+
+from qmemtune import __version__
+from qmemtune.config.schema import Config
+from qmemtune.models.sources import Source
+from qmemtune.rundir import read_json, write_json
+
+MARKER = "qmemtune.json"
+
+
+def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, Any]:
+    """The content of the marker file.
+
+    Args:
+        source: the base model's.
+        result: what the export reports; its ``path`` is left out.
+    """
+    kept = ("format", "exact", "note", "dtype", "fidelity", "calibration")
+    return {
+        "qmemtune": __version__,
+        **{key: result[key] for key in kept if key in result},
+        "base": {"source": source.origin, "revision": source.revision},
+        "quantization": asdict(config.quantization),
+        "adapter": public(asdict(config.adapter)),
+        "data": public(asdict(config.data)),
+        "seed": config.seed,
+    }
+
+
+def write_marker(folder: Path, content: dict[str, Any]) -> None:
+    """Write the marker of an exported folder."""
+    write_json(folder / MARKER, content)
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """The marker of an exported folder; ``None`` if it has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / MARKER
+    return read_json(file) if file.is_file() else None
+
+
+def public(value: Any) -> Any:
+    """``value`` with every absolute path in it cut down to its last name."""
+    if isinstance(value, dict):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    if isinstance(value, PurePath):
+        value = str(value)
+    if isinstance(value, str):
+        for flavour in (PurePath, PureWindowsPath):
+            path = flavour(value)
+            if path.is_absolute() or value.startswith("~"):
+                return path.name
+    return value

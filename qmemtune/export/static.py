@@ -1,0 +1,42 @@
+"""Replace a queryable memory's routing by static factors, one pair a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from qmemtune.adapters.queryable.fold import FoldedLayer, mean_fold
+from qmemtune.data.collate import Collator
+from qmemtune.engine.restore import LoadedRun
+from qmemtune.evaluation.forward import evaluation_forward
+from qmemtune.evaluation.guard import undisturbed
+from qmemtune.evaluation.loss import length_batches, to_device
+from qmemtune.models.hardware import autocast
+
+BATCH_SIZE = 8
+
+
+def folded_layers(live: LoadedRun, rows: Sequence[Mapping[str, Any]]) -> dict[str, FoldedLayer]:
+    """Fold the run's memory with each block's mean route over the real tokens of ``rows``.
+
+    Args:
+        rows: calibration rows, as the data module prepares them; their instructions reach the memory's prior.
+
+    Returns:
+        path of each adapted layer in the base model -> its static factors.
+    """
+    with undisturbed(live.model):
+        return mean_fold(live.model, _forwards(live, rows))
+
+
+def _forwards(live: LoadedRun, rows: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], object]]:
+    collate = Collator(live.tokenizer.pad_token_id)
+    for indices in length_batches([len(row["input_ids"]) for row in rows], BATCH_SIZE):
+        yield partial(_forward, live, to_device(collate([dict(rows[i]) for i in indices]), live.device))
+
+
+def _forward(live: LoadedRun, batch: Mapping[str, Any]) -> None:
+    with evaluation_forward(batch["instruction"], live.source, partial(autocast, live.device, live.dtype)):
+        # The decoder alone would do, but the adapter's context belongs to the whole model's forward.
+        live.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)

