@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         return _reader_is_gone()
+    except SystemExit as leaving:
+        # Typer leaves this way after completing a word, and when whoever read the output has stopped.
+        return leaving.code if isinstance(leaving.code, int) else 1
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -95,7 +98,16 @@ def _usage_mistake(error: Exception) -> UserError | None:
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "qmemtune")
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return UserError(message, fix=f"`{command} --help` shows what it takes")
+    return UserError(message, fix=_meant_key(error) or f"`{command} --help` shows what it takes")
+
+
+def _meant_key(error: Exception) -> str | None:
+    """``--max_steps`` is no option, but the key trainer.max_steps is close."""
+    from qmemtune.config.fields import fields_of, nearest
+
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    close = nearest(name, list(fields_of("queryable"))) if name else []
+    return f"options of the config are written {close[0]}=..." if close else None
 
 
 def _reader_is_gone() -> int:

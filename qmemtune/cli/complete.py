@@ -10,10 +10,11 @@ import typer
 def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
     """What the word under the cursor can become.
 
-    Bash breaks words at ``=``: there the key and the sign are earlier words, and only the value is completed.
+    Bash breaks words at ``=``: there the key and the sign are earlier words (Typer drops the sign where the cursor
+    stands right behind it), and only the value is completed.
     """
     before = [str(word) for word in ctx.params.get("overrides") or ()]
-    if incomplete == "=" and before:
+    if not incomplete and before and "=" not in before[-1] and _values(before[-1]):
         return _values(before[-1])
     if len(before) >= 2 and before[-1] == "=":
         return [value for value in _values(before[-2]) if value.startswith(incomplete)]
@@ -33,7 +34,7 @@ def _words(incomplete: str) -> list[str]:
         return [f"~{key}" for key in keys]
     sign = "+" if incomplete.startswith("+") else ""
     first = [] if sign else ["recipe=", *(f"{group}=" for group in list_groups())]
-    return [*first, *(f"{sign}{key}=" for key in keys)]
+    return list(dict.fromkeys([*first, *(f"{sign}{key}=" for key in keys)]))
 
 
 def _values(key: str) -> list[str]:

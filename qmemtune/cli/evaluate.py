@@ -101,8 +101,7 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         cells = [_metric(path[-1], value) for value in values]
         if base:
             cells.append(_interval(path[-1], _at(difference, path)))
-        count = "exact_match_rows" if path[-1] == "exact_match" else "rows"
-        table.add_row(Text(label), *cells, str(_at(tuned, (*path[:-1], count)) or ""))
+        table.add_row(Text(label), *cells, str(_rows(tuned, path)))
     console.print(f"{report.get('run_dir') or report.get('model')}", style="bold", markup=False)
     console.print(table)
     for name, results in ("base", base or {}), ("tuned", tuned):
@@ -130,6 +129,13 @@ def _at(results: Any, path: Sequence[str]) -> Any:
     for name in path:
         results = (results or {}).get(name)
     return results
+
+
+def _rows(metrics: dict[str, Any], path: tuple[str, ...]) -> int:
+    """Rows behind a number: exact match may have been measured on fewer than the loss."""
+    section = _at(metrics, path[:-1])
+    fewer = section.get("exact_match_rows") if path[-1] == "exact_match" else None
+    return int(fewer if fewer is not None else section.get("rows", 0))
 
 
 def _metric(name: str, value: float | None) -> str:

@@ -34,7 +34,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     if result.get("exact"):
         console.print("exact: the exported model computes what the live one does, up to rounding")
     else:
-        console.print("approximate: routes that differ from token to token were folded into one static update a layer")
+        folded = "approximate: routes that differ from token to token were folded into one static update a layer"
+        console.print(result.get("note") or folded, markup=False)
     fidelity = result.get("fidelity") or {}
     if fidelity.get("loss_live") is not None and fidelity.get("loss_exported") is not None:
         line = f"held-out loss: live {fidelity['loss_live']:.4f}, exported {fidelity['loss_exported']:.4f}"

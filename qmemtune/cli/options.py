@@ -11,7 +11,7 @@ from qmemtune.cli.complete import complete_override
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[OVERRIDES]...",
+        metavar="OVERRIDES",
         help="recipe=NAME or FILE, group=option, key=value, +key=value, ~key; `qmemtune config` prints all keys.",
         autocompletion=complete_override,
         show_default=False,

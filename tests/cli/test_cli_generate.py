@@ -1,0 +1,100 @@
+"""Prompts from every side, answers streamed; the model itself is stood in for."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from qmemtune.cli.app import main
+from qmemtune.config.compose import compose, to_yaml
+
+
+@pytest.fixture(autouse=True)
+def stand_in(tmp_path, monkeypatch):
+    """A finished run whose model says back what it was given."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "r" / "1"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(compose(["recipe=quickstart"]).config))
+    (folder / "summary.json").write_text("{}")
+
+    def stream_answer(loaded, prompt, *, instruction, max_new_tokens, temperature):
+        said = prompt if isinstance(prompt, str) else " | ".join(m["content"] for m in prompt)
+        yield f"<{said}>"
+        yield f"{instruction},{max_new_tokens},{temperature}"
+
+    def load_run(run, config):
+        return SimpleNamespace(config=config)
+
+    forms = {"messages": "messages"}
+    module = {
+        "qmemtune.engine.restore": {"load_run": load_run},
+        "qmemtune.evaluation.generate": {"stream_answer": stream_answer},
+        "qmemtune.data.render": {"form_of_training_rows": lambda data: forms.get(data.format, "prompt_completion")},
+    }
+    for name, functions in module.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def give(text: str, *, terminal: bool):
+        stream = io.StringIO(text)
+        stream.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    give("", terminal=False)
+    return give
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "a=b, c"], ["prompt=a=b, c"]])
+def test_one_prompt(capsys, stdin, arguments):
+    assert main(["generate", *arguments, "instruction=sort", "--max-new-tokens", "5", "--temperature", "0.5"]) == 0
+    assert capsys.readouterr().out == "<a=b, c>sort,5,0.5\n"
+
+
+def test_lines_of_a_file_and_of_stdin(capsys, stdin, tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert main(["generate", "--file", "p.txt"]) == 0
+    assert capsys.readouterr().out == "<one>None,256,0.0\n<two>None,256,0.0\n"
+    stdin("three\n", terminal=False)
+    assert main(["generate"]) == 0
+    assert capsys.readouterr().out.startswith("<three>")
+
+
+def test_jsonl_rows_and_json_answers(capsys, stdin, tmp_path):
+    rows = [{"prompt": "one", "instruction": "i"}, {"messages": [{"role": "user", "content": "two"}]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(["generate", "--file", "p.jsonl", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [answer["answer"] for answer in answers] == ["<one>i,256,0.0", "<two>None,256,0.0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("", "holds no prompt"), ('{"prompt": "a"}\n{x\n', "p.jsonl:2: not valid JSON"), ("[1]", "p.jsonl:1: no prompt")],
+)
+def test_bad_files_are_named(capsys, stdin, tmp_path, text, problem):
+    (tmp_path / "p.jsonl").write_text(text)
+    assert main(["generate", "--file", "p.jsonl"]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_two_sources_of_prompts_are_refused(capsys, stdin):
+    assert main(["generate", "--prompt", "a", "--file", "b"]) == 2
+
+
+def test_chat_takes_each_line_alone_unless_trained_on_conversations(capsys, stdin):
+    stdin("one\ntwo\n", terminal=True)
+    assert main(["generate"]) == 0
+    assert "<one>" in (out := capsys.readouterr().out)
+    assert "<two>" in out
+    stdin("one\ntwo\n/new\nthree\n", terminal=True)
+    assert main(["generate", "data.format=messages"]) == 0
+    out = capsys.readouterr().out
+    assert "<one | <one>None,256,0.0 | two>" in out
+    assert "<three>" in out
