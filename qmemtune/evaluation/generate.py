@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +18,9 @@ from qmemtune.evaluation.dequantized import dequantized_on_cpu
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
 from qmemtune.evaluation.guard import keep_4bit_layout
 from qmemtune.models.hardware import autocast
+
+Prompt = str | Sequence[dict[str, str]] | Mapping[str, str]
+"""A prompt's text, a conversation, or the columns of a row."""
 
 UNFINISHED = "\ufffd"
 """What a tokenizer puts where the bytes of a character are not all there."""
@@ -42,7 +45,7 @@ class Loaded(Protocol):
 
 def stream_answer(
     loaded: Loaded,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: Prompt,
     *,
     instruction: str | None = None,
     max_new_tokens: int = 256,
@@ -53,17 +56,16 @@ def stream_answer(
 
     Args:
         loaded: the run, its model in eval mode.
-        prompt: a prompt, or the messages of a conversation that ends with the user's turn.
+        prompt: a prompt, the messages of a conversation that ends with the user's turn, or a row's columns.
         instruction: text for the instruction prior; if None, what the run took from its rows (``data.instruction``).
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         seed: makes drawing repeatable. The global random state is not touched either way.
     """
     config = loaded.config.data
-    messages = prompt if isinstance(prompt, str) else list(prompt)
-    ids = render_prompt(config, loaded.tokenizer, messages)
+    ids = render_prompt(config, loaded.tokenizer, prompt)
     if instruction is None:
-        instruction = default_instruction(config.instruction, config.system, messages)
+        instruction = default_instruction(config.instruction, config.system, prompt)
     return stream_ids(
         loaded.model,
         loaded.tokenizer,
@@ -173,13 +175,16 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
-def default_instruction(kind: str, system: str | None, prompt: str | Sequence[dict[str, str]]) -> str:
-    """The instruction text that training rows of this kind would have given.
+def default_instruction(kind: str, system: str | None, prompt: Prompt) -> str:
+    """The instruction text that training rows of this kind would have given; empty where that cannot be known.
 
     Args:
-        kind: ``data.instruction``. A column's text cannot be known here: none is given.
+        kind: ``data.instruction``.
         system: the system prompt put before conversations that have none.
     """
+    if isinstance(prompt, Mapping):
+        given = {"user": prompt.get("instruction") or prompt.get("prompt"), "column": prompt.get("instruction")}
+        return (given | {"system": prompt.get("system") or system}).get(kind) or ""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if kind == "user":
         return next((m["content"] for m in messages if m["role"] == "user"), "")
