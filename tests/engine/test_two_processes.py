@@ -40,9 +40,9 @@ def torchrun(config: Path, *overrides: str) -> None:
     script.write_text(SCRIPT, encoding="utf-8")
     repository = str(Path(__file__).parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": repository, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*command, str(script), str(config), *overrides], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(script), str(config), *overrides], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
