@@ -18,10 +18,11 @@ from qmemtune.adapters import auxiliary_loss, parameter_groups
 from qmemtune.config.schema import Config
 from qmemtune.engine import checkpoints
 from qmemtune.engine.best import Best
+from qmemtune.engine.counts import instructed_tokens, step_counts
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.heldout import Abandoned, HeldOut
 from qmemtune.engine.interrupt import StopRequest
-from qmemtune.engine.loss import LabelledLoss, count_targets
+from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.metrics_log import JsonLines
 from qmemtune.engine.progress import Progress
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
@@ -78,9 +79,10 @@ class RunTrainer(Trainer):
         with parts.source.context([""]):
             self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
         self._stopwatch = Stopwatch()
-        self._step_loss = torch.zeros((), device=args.device)
-        self._step_tokens = torch.zeros((), dtype=torch.long, device=args.device)
-        self._batches = 1
+        # Cross-entropy, and all that is trained on (with the adapter's own term).
+        self._step_losses = torch.zeros(2, device=args.device)
+        # Labelled tokens, real ones, and real ones of rows with an instruction, in all processes.
+        self._step_tokens = torch.ones(3, dtype=torch.long, device=args.device)
         self._loss = 0.0
         self._stopping = False
         self.stopped_early = False
@@ -106,12 +108,8 @@ class RunTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        labelled = sum(count_targets(batch["labels"]) for batch in batches)
-        real = sum(batch["attention_mask"].sum() for batch in batches)
-        counts = self.accelerator.reduce(torch.stack([labelled, real]).to(device), "sum")  # type: ignore[list-item]
-        self._step_tokens = counts[1]
-        self._batches = len(batches)
-        return batches, counts[0].clamp(min=1)
+        self._step_tokens = self.accelerator.reduce(step_counts(batches).to(device), "sum")
+        return batches, self._step_tokens[0].clamp(min=1)
 
     # Loss and optimizer
 
@@ -120,14 +118,17 @@ class RunTrainer(Trainer):
     ) -> Tensor:
         """Cross-entropy summed over this batch's labels, divided by the labelled tokens of the whole step.
 
-        Gradients are averaged over processes, so each multiplies by their number.
+        The adapter's own term is added. Gradients are averaged over processes, so each multiplies by their number.
         """
         inputs = dict(inputs)
+        # The adapter's term is a mean over real tokens of rows with an instruction: weigh it by their share.
+        share = instructed_tokens(inputs) / self._step_tokens[2].clamp(min=1)
         instructions = inputs.pop("instruction")
         with self.parts.source.context(instructions), self.labelled_loss.installed():
             loss_sum, auxiliary = model(**inputs)
-        loss = loss_sum * (self.accelerator.num_processes / num_items_in_batch) + auxiliary / self._batches
-        self._step_loss += loss.detach()
+        cross_entropy = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
+        loss = cross_entropy + auxiliary * (self.accelerator.num_processes * share)
+        self._step_losses += torch.stack([cross_entropy.detach(), loss.detach()])
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -147,12 +148,12 @@ class RunTrainer(Trainer):
 
     def check_loss(self) -> None:
         """Take the step's mean loss over all processes; stop before the optimizer uses a broken one."""
-        self._loss = self.accelerator.reduce(self._step_loss, "mean").item()
-        self._step_loss = torch.zeros_like(self._step_loss)
-        step = self.state.global_step + 1
-        if not -float("inf") < self._loss < float("inf"):
+        losses = self.accelerator.reduce(self._step_losses, "mean")
+        self._step_losses = torch.zeros_like(self._step_losses)
+        self._loss, step = losses[0].item(), self.state.global_step + 1
+        if not bool(losses.isfinite().all()):
             raise RunFailed(
-                f"the loss of step {step} is {self._loss}",
+                f"the loss of step {step} is {losses[1].item()}",
                 where="training",
                 fix="lower optimizer.learning_rate, or use model.compute_dtype=float32; the last checkpoint is intact",
             )
@@ -161,7 +162,7 @@ class RunTrainer(Trainer):
         seconds = self._stopwatch.seconds
         if self.first_step_done_s is None:
             self.first_step_done_s = round(seconds_since_start(), 3)
-        self.parts.totals.add(self._loss, int(self._step_tokens.item()), seconds)
+        self.parts.totals.add(self._loss, int(self._step_tokens[1].item()), seconds)
         self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
         # Asked once a step, in every process at the same place: a signal reaches them at different times.
         asked = torch.tensor(float(bool(self.parts.stop)), device=self.args.device)
