@@ -37,6 +37,6 @@ class _ApplyOperator(torch.autograd.Function):
 
 
 def apply_operator(z: Tensor, operator: Tensor) -> Tensor:
-    """``(I + operator) z`` for every token. Shapes: z (..., R), operator (..., R, R) of the same type; result (..., R)."""
+    """``(I + operator) z`` for every token. Shapes: z (..., R), operator (..., R, R) of z's type; result (..., R)."""
     result: Tensor = _ApplyOperator.apply(z, operator)
     return result

@@ -106,15 +106,15 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         if dropout and self.training:
             x = F.dropout(x, dropout)
         z: Tensor = lora_a(self._cast_input_dtype(x, lora_a.weight.dtype))
-        operator = self.operator(name, x, z).to(z.dtype)
+        operator = self.operator(name, z).to(z.dtype)
         # Scaled in the bottleneck, where it costs R products a token instead of out_features.
         update: Tensor = lora_b(apply_operator(z, operator) * self.scaling[name])
         return update
 
-    def operator(self, name: str, x: Tensor, z: Tensor) -> Tensor:
+    def operator(self, name: str, z: Tensor) -> Tensor:
         """The routed update of this layer's block, formed here if this layer runs first, (..., R, R)."""
         memory, block = self.memory, self.block[name]
-        state = memory.pass_of(name, x)
+        state = memory.pass_of(name)
         context = memory.holder.current
         assert context is not None
         owner = state.owners.setdefault(block, id(self))

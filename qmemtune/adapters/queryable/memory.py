@@ -134,7 +134,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         mask = kwargs.get("attention_mask")
         if not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = None
-        holder.current = ForwardContext(token_mask=mask)
+        holder.current = ForwardContext(token_mask=mask, instruction=self.instruction)
         holder.recomputing = False
         self.divergence = {}
         for layer in self._checkpointed:
@@ -153,11 +153,8 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 self.divergence[name] = torch.stack(state.divergences).mean()
         holder.current = None
 
-    def pass_of(self, name: str, x: Tensor) -> AdapterPass:
+    def pass_of(self, name: str) -> AdapterPass:
         """The state of adapter ``name`` in the current forward pass; made on first use.
-
-        Args:
-            x: input of the layer that asks, (..., D).
 
         Raises:
             RuntimeError: no forward pass is open.
@@ -172,8 +169,6 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         state = context.passes.get(name)
         if state is None:
             state = context.passes[name] = AdapterPass()
-            if self.configs[name].instruction_prior:
-                state.log_prior = self._log_prior(name, x)
         return state
 
     # --- routing ------------------------------------------------------------------------------------------------
@@ -193,15 +188,18 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         recording = not self.holder.recomputing
         with torch.autocast(z.device.type, enabled=False):
             normed = rms_norm(z.float())
-            query = F.linear(normed, self.queryable_query[name][block].float(), self.queryable_block[name][block].float())
+            projection, offset = self.queryable_query[name][block], self.queryable_block[name][block]
+            query = F.linear(normed, projection.float(), offset.float())
             if name in self.queryable_summary:
                 # Recomputation meets the states of later blocks too; a route reads those that ran before it.
                 earlier = state.states[: state.earlier.setdefault(block, len(state.states))]
                 if earlier:
                     query = query + attend(query, torch.stack(earlier, dim=-2))
-            logits = F.linear(query, self.queryable_key[name].float()) * (config.temperature / math.sqrt(config.key_dim))
-            prior = state.log_prior
-            if prior is not None:
+            logits = F.linear(query, self.queryable_key[name].float())
+            logits = logits * (config.temperature / math.sqrt(config.key_dim))
+            if config.instruction_prior:
+                # Once a block, though the same for all: so recomputation of any one layer meets the same tensors.
+                prior = self._log_prior(name, z, context.instruction)
                 prior = prior.view(prior.shape[0], *[1] * (logits.dim() - 2), prior.shape[-1])
                 if config.prior_kl:
                     divergence = self._divergence(logits, prior, context)
@@ -238,12 +236,11 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         finally:
             self.instruction = saved
 
-    def _log_prior(self, name: str, x: Tensor) -> Tensor:
-        """``log p(m | u)``, (B, M), for the rows of ``x`` (B, ..., D); zeros, hence no effect, without instruction."""
+    def _log_prior(self, name: str, z: Tensor, given: Tensor | None) -> Tensor:
+        """``log p(m | u)``, (B, M), for the rows of ``z`` (B, ..., R); zeros, hence no effect, without instruction."""
         config = self.configs[name]
         projection, key = self.queryable_prior_projection[name].float(), self.queryable_prior_key[name].float()
-        rows = x.shape[0]
-        given = self.instruction
+        rows = z.shape[0]
         if given is None:
             if self.training and not self._warned_prior:
                 self._warned_prior = True
@@ -256,12 +253,11 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         if rows % given.shape[0]:
             raise RuntimeError(f"{given.shape[0]} instructions were given for a batch of {rows} rows")
         given = given.repeat_interleave(rows // given.shape[0], dim=0)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(F.linear(given, projection), key) / config.prior_temperature
-            # Rows without an instruction multiply by zero instead of leaving out: every parameter takes part in every
-            # batch, which data-parallel training needs.
-            present = (given != 0).any(dim=-1, keepdim=True)
-            return F.log_softmax(logits, dim=-1) * present
+        logits = F.linear(F.linear(given, projection), key) / config.prior_temperature
+        # Rows without an instruction multiply by zero instead of leaving out: every parameter takes part in every
+        # batch, which data-parallel training needs.
+        present = (given != 0).any(dim=-1, keepdim=True)
+        return F.log_softmax(logits, dim=-1) * present
 
     def _divergence(self, logits: Tensor, prior: Tensor, context: ForwardContext) -> Tensor:
         """Mean KL(route without prior || prior) over real tokens of rows with an instruction, a scalar."""
