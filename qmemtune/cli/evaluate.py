@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmemtune.cli.options import Debug, Json, Overrides, Quiet
 from qmemtune.cli.output import Output, output, plain
+from qmemtune.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +39,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     from qmemtune.evaluation.verb import evaluate_pair
     from qmemtune.rundir import write_json
 
+    out.libraries_are_loaded()
     loaded = load_run(run, config)
     rows = prepare_heldout(config.data, loaded.tokenizer).heldout
     with RowCounter(quiet=out.quiet) as counter:
@@ -63,11 +66,18 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     composed = compose(overrides)
     out.warn(composed.warnings)
     config = composed.config
+    if (Path(config.model.path) / "adapter_config.json").is_file():
+        raise UserError(
+            "this folder holds an adapter, not a whole model",
+            where=config.model.path,
+            fix="evaluate its run with run_dir=, or export it with export.format=merged",
+        )
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.evaluation.verb import evaluate_single
     from qmemtune.models.hardware import compute_dtype, pick_device
     from qmemtune.models.loading import load_base, load_tokenizer
 
+    out.libraries_are_loaded()
     device = pick_device()
     tokenizer = load_tokenizer(config.model)
     model = load_base(config.model, config.quantization, device=device)

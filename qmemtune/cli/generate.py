@@ -62,6 +62,7 @@ def generate(
         run, composed = load_target(rest, out)
         from qmemtune.engine.restore import load_run
 
+        out.libraries_are_loaded()
         speaker = Speaker(load_run(run, composed.config), instruction, max_new_tokens, temperature)
         if chat:
             _chat(speaker, out)

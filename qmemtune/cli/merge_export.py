@@ -25,6 +25,7 @@ def merge_export(
         run, composed = load_target(overrides or [], out)
         from qmemtune.export import export_run
 
+        out.libraries_are_loaded()
         result = export_run(run, composed.config, progress=make_progress(quiet=quiet))
         out.result(result, lambda console: _show(console, result))
 

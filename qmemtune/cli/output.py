@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qmemtune.cli.quiet import silence
+from qmemtune.cli.quiet import hide_loading_bars, silence
 from qmemtune.errors import Finding, UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ class Output:
     stdout: TextIO
     as_json: bool
     quiet: bool
+    debug: bool = False
+
+    def libraries_are_loaded(self) -> None:
+        """To be called after a verb's heavy imports and before its work."""
+        if not self.debug:
+            hide_loading_bars()
 
     def result(self, value: Mapping[str, Any], show: Callable[[Console], None]) -> None:
         """Print a verb's result: as one JSON object, or by ``show``."""
@@ -51,10 +57,10 @@ def output(as_json: bool, debug: bool, quiet: bool) -> Iterator[Output]:
     silence(debug=debug, quiet=quiet)
     stdout = sys.stdout
     if not as_json:
-        yield Output(stdout, as_json, quiet)
+        yield Output(stdout, as_json, quiet, debug)
         return
     with redirect_stdout(sys.stderr):
-        yield Output(stdout, as_json, quiet)
+        yield Output(stdout, as_json, quiet, debug)
 
 
 def console(stream: TextIO) -> Console:
@@ -98,7 +104,8 @@ def print_error(error: BaseException, *, as_json: bool, debug: bool) -> None:
         value = {"problem": problem, "where": None, "fix": fix}
     lines = console(sys.stderr)
     for finding in findings:
-        lines.print(_line(finding))
+        # The terminal breaks the line, so that a command in it can be copied whole.
+        lines.print(_line(finding), soft_wrap=True)
     if as_json:
         write_json_line(sys.stdout, {"error": value})
 

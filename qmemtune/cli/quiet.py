@@ -42,3 +42,14 @@ def silence(*, debug: bool, quiet: bool) -> None:
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\..*)?$")
+
+
+def hide_loading_bars() -> None:
+    """No bar for every file of weights that transformers reads or writes; downloads keep theirs on a terminal.
+
+    transformers has no variable for this: call it once the library is imported.
+    """
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()

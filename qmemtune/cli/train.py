@@ -31,12 +31,14 @@ def train(
         if dry_run:
             from qmemtune.engine.plan import plan
 
+            out.libraries_are_loaded()
             planned = plan(composed)
             out.result(planned, lambda console: show_facts(console, planned))
             return
         from qmemtune.cli.display import make_progress
         from qmemtune.engine.run import train as run_training
 
+        out.libraries_are_loaded()
         summary = run_training(composed, progress=make_progress(quiet=quiet))
         out.result(summary, lambda console: _show(console, summary))
 
@@ -71,6 +73,14 @@ def show_facts(console: Console, facts: dict[str, Any], indent: str = "") -> Non
         elif isinstance(value, list):
             console.print(f"{indent}{label}:" if value else f"{indent}{label}: none", markup=False)
             for item in value:
-                console.print(f"{indent}  {item}", markup=False)
+                console.print(f"{indent}  {_inline(item)}", markup=False)
         elif value is not None:
             console.print(f"{indent}{label}: {short(value)}", markup=False)
+
+
+def _inline(value: Any) -> str:
+    """An entry of a list on one line."""
+    if not isinstance(value, dict):
+        return str(value)
+    parts = [f"{name} {_inline(part)}" for name, part in value.items() if part not in (None, {}, [])]
+    return ", ".join(parts)

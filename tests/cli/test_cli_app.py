@@ -252,6 +252,14 @@ def test_eval_prints_base_and_tuned_side_by_side_and_writes_json(run, module, fi
     assert json.loads(run("eval", "--json").out)["base"]["exact_match"] == 0.0
 
 
+def test_eval_of_an_adapters_folder_says_what_to_do(run, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    result = run("eval", "recipe=quickstart", "model.path=./lora")
+    assert result.code == 2
+    assert "./lora: this folder holds an adapter" in result.err
+
+
 def test_config_prints_yaml_that_composes_again(run, tmp_path):
     result = run("config", "recipe=quickstart", "seed=5")
     (tmp_path / "again.yaml").write_text(result.out)
