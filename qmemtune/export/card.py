@@ -145,7 +145,7 @@ def parameters(config: Config) -> str:
     for key in ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
         chosen[f"trainer.{key}"] = getattr(config.trainer, key)
     chosen["seed"] = config.seed
-    return "\n".join(f"- {key}: {public(value)}" for key, value in chosen.items() if value is not None)
+    return "\n".join(f"- {key}: {public(value)}" for key, value in chosen.items() if value not in (None, []))
 
 
 def number(value: Any) -> bool:

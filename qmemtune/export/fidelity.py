@@ -13,6 +13,7 @@ from torch import nn
 from qmemtune.data.collate import Collator
 from qmemtune.data.rows import IGNORED
 from qmemtune.engine.restore import LoadedRun
+from qmemtune.evaluation.dequantized import dequantized_on_cpu
 from qmemtune.evaluation.forward import Instructions
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.loss import label_logprobs, length_batches, to_device
@@ -42,7 +43,7 @@ def fidelity(
     collate = Collator(live.tokenizer.pad_token_id)
     cast = partial(autocast, live.device, live.dtype)
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
-    with undisturbed(live.model), undisturbed(exported), torch.no_grad():
+    with undisturbed(live.model), undisturbed(exported), dequantized_on_cpu(live.model), torch.no_grad():
         for indices in length_batches([len(row["input_ids"]) for row in rows], batch_size):
             batch = to_device(collate([dict(rows[i]) for i in indices]), live.device)
             labels = batch["labels"][:, 1:]
