@@ -26,6 +26,7 @@ from qmemtune.config.dump import to_dict, to_yaml
 from qmemtune.config.fields import fields_of, nearest
 from qmemtune.config.overrides import Overrides, read_overrides
 from qmemtune.config.places import SUFFIX, find_config, is_own, list_recipes, search_path, shown
+from qmemtune.config.replaced import resets
 from qmemtune.config.schema import Config
 from qmemtune.config.settings import Setting, flatten
 from qmemtune.config.unused import unused_options
@@ -111,7 +112,7 @@ def _compose_on(start: list[Setting], given: Overrides, allow_missing: bool, qui
 
 
 def _finish(layers: list[Setting], given: Overrides, allow_missing: bool, quiet: str | None = None) -> Composed:
-    result = validate([*layers, *given.settings])
+    result = validate([*layers, *resets(layers, given.settings), *given.settings])
     findings = [*given.findings, *result.findings]
     if not allow_missing and not given.incomplete:
         findings += result.missing

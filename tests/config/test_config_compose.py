@@ -260,6 +260,22 @@ def test_a_runs_config_takes_overrides_and_groups_but_keeps_its_adapter(tmp_path
     assert len(caught.value.findings) == 3
 
 
+def test_a_source_of_ones_own_sheds_what_belonged_to_the_recipes_source():
+    write("rows.jsonl", "{}")
+    gsm8k = compose(["recipe=smollm2_gsm8k"]).config.data
+    assert (gsm8k.name, gsm8k.eval_split) == ("main", "test")
+    composed = compose(["recipe=smollm2_gsm8k", "data.path=rows.jsonl"])
+    data = composed.config.data
+    assert (data.path, data.name, data.eval_split) == ("rows.jsonl", None, None)
+    assert data.columns["prompt"] == "question"
+    assert composed.warnings == []
+    assert compose(["recipe=smollm2_gsm8k", "data.path=mirror/gsm8k"]).config.data.name == "main"
+    write("recipes/r.yaml", "defaults: [/data: quickstart, _self_]\nmodel: {path: a/b, revision: v1}\n")
+    assert compose(["recipe=r"]).config.model.revision == "v1"
+    assert compose(["recipe=r", "model.path=c/d"]).config.model.revision is None
+    assert compose(["recipe=r", "model.path=c/d", "model.revision=v2"]).config.model.revision == "v2"
+
+
 def test_base_values_in_place_of_a_recipe():
     base = {
         "model": {"path": "a/b"},
