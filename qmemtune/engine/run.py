@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
@@ -103,6 +104,8 @@ def train(composed: Composed, *, progress: Progress | None = None) -> dict[str, 
     summary = summarise(trainer, materials, run)
     if first:
         write_json(run.summary, summary)
+    if args.world_size > 1:
+        torch.distributed.destroy_process_group()
     return summary
 
 

@@ -85,6 +85,7 @@ class RunTrainer(Trainer):
         self._step_tokens = torch.ones(3, dtype=torch.long, device=args.device)
         self._loss = 0.0
         self._stopping = False
+        self._end_abandoned = False
         self.stopped_early = False
         self.final_step = 0
         """Step whose adapter the model holds at the end."""
@@ -213,7 +214,10 @@ class RunTrainer(Trainer):
         """After a resume: measure what a signal cut short at the step of the checkpoint."""
         due = due_at(self.state.global_step, self.parts.config)
         if self.parts.heldout and due.loss and self.state.global_step not in (0, self.parts.best.last_step):
-            self.measure(due)
+            try:
+                self.measure(due)
+            except Abandoned:
+                self._stopping = True
 
     @property
     def complete(self) -> bool:
@@ -222,8 +226,8 @@ class RunTrainer(Trainer):
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal stopped the run before its end."""
-        return self._stopping and not self.complete and not self.stopped_early
+        """Whether a signal stopped the run before its end, be it in the last evaluation."""
+        return self._end_abandoned or self._stopping and not self.complete and not self.stopped_early
 
     def measure(self, due: Due) -> dict[str, Any]:
         """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
@@ -252,6 +256,13 @@ class RunTrainer(Trainer):
         """After the last step: go back to the best adapter if it is to be kept, and evaluate what the run ends with."""
         if self.interrupted:
             return
+        try:
+            self._finish()
+        except Abandoned:
+            # The checkpoint of the last step is saved: resuming only evaluates and writes the adapter.
+            self._end_abandoned = True
+
+    def _finish(self) -> None:
         config, best, heldout = self.parts.config, self.parts.best, self.parts.heldout
         self.final_step = self.state.global_step
         at_end = config.evaluation.at_end and bool(heldout)

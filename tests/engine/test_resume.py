@@ -129,6 +129,17 @@ def test_a_stop_during_an_evaluation_saves_the_step(composed, recorder, adapter_
     assert adapter_bytes(Path(resumed["adapter"])) == adapter_bytes(Path(whole["adapter"]))
 
 
+def test_a_stop_during_the_last_evaluation_can_be_made_up_for(composed, recorder, adapter_bytes):
+    whole = train(composed("trainer.max_steps=2", run="whole"))
+    progress = recorder()
+    progress.log = lambda metrics: os.kill(os.getpid(), signal.SIGINT) if metrics["step"] == 2 else None
+    with pytest.raises(Interrupted, match="step 2 of 2"):
+        train(composed("trainer.max_steps=2", run="halves"), progress=progress)
+    resumed = train(composed("trainer.max_steps=2", "resume=auto", run="halves"))
+    assert resumed["eval"]["loss"] == whole["eval"]["loss"]
+    assert adapter_bytes(Path(resumed["adapter"])) == adapter_bytes(Path(whole["adapter"]))
+
+
 def test_auto_without_a_checkpoint_starts_anew_and_says_so(composed, recorder):
     progress = recorder()
     assert train(composed("resume=auto", "trainer.max_steps=1"), progress=progress)["steps"] == 1

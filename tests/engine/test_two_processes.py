@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,10 +42,21 @@ def torchrun(config: Path, *overrides: str) -> None:
     repository = str(Path(__file__).parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": repository, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script), str(config), *overrides], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with subprocess.Popen(
+        [*command, str(script), str(config), *overrides],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as launched:
+        try:
+            _, errors = launched.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            # The launcher's children would live on.
+            os.killpg(launched.pid, signal.SIGKILL)
+            raise
+    assert launched.returncode == 0, errors[-4000:]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "queryable"])
