@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -227,7 +227,7 @@ class RunTrainer(Trainer):
     @property
     def interrupted(self) -> bool:
         """Whether a signal stopped the run before its end, be it in the last evaluation."""
-        return self._end_abandoned or self._stopping and not self.complete and not self.stopped_early
+        return self._end_abandoned or (self._stopping and not self.complete and not self.stopped_early)
 
     def measure(self, due: Due) -> dict[str, Any]:
         """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
@@ -291,11 +291,7 @@ class RunTrainer(Trainer):
             written = root / checkpoints.WRITING / f"checkpoint-{self.state.global_step}"
             self.parts.totals.save(written)
             self.parts.best.save(written)
-            facts: Mapping[str, int] = {
-                "step": self.state.global_step,
-                "world_size": self.args.world_size,
-                "rows_per_step": self.parts.steps.rows_per_step,
-            }
-            checkpoints.complete(written, root, dict(facts))
+            facts = {"step": self.state.global_step, "world_size": self.args.world_size}
+            checkpoints.complete(written, root, {**facts, "rows_per_step": self.parts.steps.rows_per_step})
             checkpoints.rotate(root, self.parts.config.trainer.save_total_limit)
         self.accelerator.wait_for_everyone()
