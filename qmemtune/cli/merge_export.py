@@ -43,3 +43,6 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         if fidelity.get("kl_mean") is not None:
             line += f"; mean KL {fidelity['kl_mean']:.2e} nats a token"
         console.print(f"{line} ({fidelity.get('rows', 0)} rows)")
+    if fidelity.get("exact_match_rows"):
+        live, exported = fidelity["exact_match_live"], fidelity["exact_match_exported"]
+        console.print(f"exact match: live {live:.1%}, exported {exported:.1%} ({fidelity['exact_match_rows']} rows)")

@@ -131,9 +131,16 @@ def fidelity_text(result: dict[str, Any]) -> str:
     text = "Exact, up to rounding." if result["exact"] else f"Not exact. {result['note']}"
     if not numbers["rows"]:
         return text + " Not measured: the run has no held-out rows."
+    answers = ""
+    if numbers.get("exact_match_rows"):
+        answers = (
+            f" Exact match on {numbers['exact_match_rows']} held-out rows: {numbers['exact_match_live']:.1%} live,"
+            f" {numbers['exact_match_exported']:.1%} exported."
+        )
     return (
         f"{text} On {numbers['rows']} held-out rows: loss {numbers['loss_live']:.4f} live,"
         f" {numbers['loss_exported']:.4f} exported; mean KL(live || exported) {numbers['kl_mean']:.2e} nats a token."
+        f"{answers}"
     )
 
 

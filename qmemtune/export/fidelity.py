@@ -14,6 +14,7 @@ from qmemtune.data.collate import Collator
 from qmemtune.data.rows import IGNORED
 from qmemtune.engine.restore import LoadedRun
 from qmemtune.evaluation.dequantized import dequantized_on_cpu
+from qmemtune.evaluation.exact_match import row_matches
 from qmemtune.evaluation.forward import Instructions
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.loss import label_logprobs, length_batches, to_device
@@ -71,3 +72,28 @@ def fidelity(
         "rows": len(rows),
         "tokens": tokens,
     }
+
+
+def exact_matches(
+    live: LoadedRun, exported: nn.Module, rows: Sequence[Mapping[str, Any]], *, source: Instructions | None = None
+) -> dict[str, Any]:
+    """Exact match of generated answers, live and exported, as the run's evaluation measures it.
+
+    Returns:
+        ``exact_match_live`` and ``exact_match_exported`` (shares of the rows) and ``exact_match_rows``.
+    """
+    config = live.config.evaluation
+    shares = {}
+    for name, model, instructions in ("live", live.model, live.source), ("exported", exported, source):
+        with undisturbed(model):
+            matches = row_matches(
+                model,
+                live.tokenizer,
+                rows,
+                config.exact_match,
+                batch_size=config.per_device_eval_batch_size,
+                source=instructions,
+                autocast=partial(autocast, live.device, live.dtype),
+            )
+        shares[f"exact_match_{name}"] = sum(match.correct for match in matches) / len(matches)
+    return {**shares, "exact_match_rows": len(rows)}

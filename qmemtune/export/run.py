@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import InstructionSource
@@ -20,7 +21,7 @@ from qmemtune.errors import UserError
 from qmemtune.evaluation.samples import evenly_spaced
 from qmemtune.export.card import write_card
 from qmemtune.export.destination import check_destination, written_whole
-from qmemtune.export.fidelity import fidelity
+from qmemtune.export.fidelity import exact_matches, fidelity
 from qmemtune.export.lora import copy_adapter, write_folded_lora
 from qmemtune.export.marker import marker, write_marker
 from qmemtune.export.merged import write_merged
@@ -81,7 +82,7 @@ def export_run(run: RunDir, config: Config, *, progress: Progress | None = None)
         else:
             copy_adapter(run.adapter, folder, source)
         live.tokenizer.save_pretrained(folder)
-        progress.message(f"comparing with the live model on {len(heldout)} held-out rows")
+        progress.message("loading the export back and comparing it with the live model")
         result["fidelity"] = compare(folder, live, heldout)
         write_marker(folder, marker(config, source, result))
         write_card(folder, run, config, source, result)
@@ -100,33 +101,48 @@ def exactness(config: Config, folds: bool) -> dict[str, Any]:
 
 
 def rows_for(config: Config, live: LoadedRun, folds: bool) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Calibration rows (none unless the memory is folded) and held-out rows, each spread over its part of the data.
+    """Calibration rows (none unless the memory is folded), spread over the training rows, and all held-out rows.
 
     Raises:
         UserError: the data cannot be read.
     """
     data, wanted = config.data, config.export.calibration_rows
     if not folds:
-        return [], evenly_spaced(prepare_heldout(data, live.tokenizer).heldout, config.export.fidelity_rows)
+        return [], prepare_heldout(data, live.tokenizer).heldout
     if wanted < 1:
         raise UserError("folding needs at least one row", where="export.calibration_rows", fix="leave it at 64")
     most = wanted * CANDIDATES_PER_ROW
     limit = most if data.max_train_rows is None else min(most, data.max_train_rows)
     prepared = prepare_data(replace(data, max_train_rows=limit), live.tokenizer)
-    return evenly_spaced(prepared.train, wanted), evenly_spaced(prepared.heldout, config.export.fidelity_rows)
+    return evenly_spaced(prepared.train, wanted), prepared.heldout
 
 
-def compare(folder: Path, live: LoadedRun, rows: Sequence[Any]) -> dict[str, Any]:
-    """Load the export back as a user would, in the run's data type, and measure its fidelity."""
+def compare(folder: Path, live: LoadedRun, heldout: Sequence[Any]) -> dict[str, Any]:
+    """Load the export back as a user would, in the run's data type, and measure its fidelity.
+
+    Exact match is measured too, on all held-out rows that the run's evaluation uses, if the run has one.
+    """
+    config = live.config
+    rows = evenly_spaced(heldout, config.export.fidelity_rows)
     if not rows:
         return fidelity(live, live.model, rows)
+    exported, source = load_back(folder, live)
+    found = fidelity(live, exported, rows, source=source)
+    if config.evaluation.exact_match.enabled:
+        answered = evenly_spaced(heldout, config.evaluation.exact_match.max_rows)
+        found |= exact_matches(live, exported, answered, source=source)
+    return found
+
+
+def load_back(folder: Path, live: LoadedRun) -> tuple[nn.Module, InstructionSource | None]:
+    """The exported model on the live one's device: merged through plain transformers, an adapter through PEFT."""
     config = live.config
     if config.export.format == "merged":
         kernel = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
         plain = AutoModelForCausalLM.from_pretrained(
             folder, dtype=live.dtype, trust_remote_code=config.model.trust_remote_code, **kernel
         )
-        return fidelity(live, plain.to(live.device), rows)
+        return plain.to(live.device), None
     base = load_base(config.model, config.quantization, device=live.device)
     adapted = PeftModel.from_pretrained(base, str(folder))
-    return fidelity(live, adapted, rows, source=InstructionSource(adapted, live.tokenizer))
+    return adapted, InstructionSource(adapted, live.tokenizer)

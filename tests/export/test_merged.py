@@ -139,3 +139,16 @@ def test_quantised_files_cannot_be_merged_into(make_run, tmp_path: Path) -> None
     assert not run.export.exists() or not any(run.export.iterdir())
     config.export.format = "lora"
     assert export_run(run, config)["fidelity"]["kl_mean"] < 1e-6
+
+
+def test_exact_match_of_both_is_reported_where_the_run_measures_it(make_run) -> None:
+    run, config = make_run(LoraConfig(r=4), format="merged")
+    config.evaluation.exact_match.enabled = True
+    config.evaluation.exact_match.max_new_tokens = 4
+    # Every text holds an empty match: all answers count as equal, live and exported.
+    config.evaluation.exact_match.answer_pattern = "^"
+    found = export_run(run, config)["fidelity"]
+    assert found["exact_match_live"] == found["exact_match_exported"] == 1.0
+    assert found["exact_match_rows"] > found["rows"]
+    card = (run.export / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "100.0% exported" in card
