@@ -8,12 +8,13 @@ again. See :class:`BoundCheckpoint`.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -42,15 +43,54 @@ class ForwardContext:
     """1 for real tokens, 0 for padding, (B, T); None if the caller gave none."""
     instruction: Tensor | None = None
     """Unit-norm instruction embeddings of the rows, (B, E), zeros for none; kept for recomputation."""
+    entries: set[int] = field(default_factory=set)
+    """Ids of the modules through which the pass has entered."""
 
 
-class ContextHolder:
-    """The context that is current on a model, and whether a checkpointed part is being computed again."""
+class ContextHolder(threading.local):
+    """The context that is current on a model in this thread, and whether a checkpointed part is being computed again.
+
+    Each thread has its own, so that one model can answer in several threads. A backward pass in another thread finds
+    its context through :meth:`bind`.
+    """
 
     def __init__(self) -> None:
         self.current: ForwardContext | None = None
         self.recomputing = False
-        self.depth = 0
+        self.open: list[nn.Module] = []
+        """Entries of the running forward pass, outermost first."""
+
+    def __reduce__(self) -> tuple[type[ContextHolder], tuple[()]]:
+        # A copied or stored model is in no forward pass.
+        return ContextHolder, ()
+
+    def enter(self, entry: nn.Module, token_mask: Tensor | None, instruction: Tensor | None) -> bool:
+        """A forward pass enters through ``entry``; returns whether this opened a context."""
+        if entry in self.open:
+            # A KeyboardInterrupt skips the hooks that close: what is still open belongs to a pass that was cut off.
+            del self.open[self.open.index(entry) :]
+        nested = bool(self.open)
+        self.open.append(entry)
+        context = self.current
+        if nested and context is not None and id(entry) not in context.entries:
+            context.entries.add(id(entry))
+            if context.token_mask is None:
+                context.token_mask = token_mask
+            return False
+        # A decoder that its model calls twice runs two passes.
+        self.current = ForwardContext(token_mask=token_mask, instruction=instruction, entries={id(entry)})
+        self.recomputing = False
+        return True
+
+    def leave(self, entry: nn.Module) -> ForwardContext | None:
+        """The pass leaves ``entry``; returns the context if that closed it."""
+        if entry not in self.open:
+            return None
+        del self.open[self.open.index(entry) :]
+        if self.open:
+            return None
+        context, self.current = self.current, None
+        return context
 
     @contextmanager
     def entered(self, context: ForwardContext | None, recomputing: bool) -> Iterator[None]:

@@ -14,6 +14,8 @@ from qmemtune.adapters.queryable.apply import apply_operator
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.memory import NOT_MERGEABLE, QueryableMemory
 
+NOT_MIXABLE = "a queryable memory cannot mix adapters within a batch (adapter_names): use set_adapter"
+
 
 class QueryableLinear(nn.Module, BaseTunerLayer):
     """``y = W x + (alpha / r) * B (z + sum_m w_m Delta_m z)`` with ``z = A x``.
@@ -30,10 +32,6 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, memory: QueryableMemory) -> None:
         super().__init__()
         self.base_layer = base_layer
-        if hasattr(base_layer, "support_avx512bf16_for_cpu"):
-            # bitsandbytes packs a 4-bit weight in place at the first no-grad forward in eval mode on such processors,
-            # and the packed product has no gradient: training after an evaluation would be silently wrong.
-            base_layer.support_avx512bf16_for_cpu = False
         # In a tuple, so that the shared memory is no submodule of each layer; a deep copy still copies both together.
         self._memory = (memory,)
         self.queryable_A = nn.ModuleDict()
@@ -90,7 +88,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
             RuntimeError: the layer sees other tokens than the layer that formed its block's route.
         """
         if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("a queryable memory cannot mix adapters within a batch: use set_adapter")
+            raise ValueError(NOT_MIXABLE)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
@@ -106,7 +104,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         if dropout and self.training:
             x = F.dropout(x, dropout)
         z: Tensor = lora_a(self._cast_input_dtype(x, lora_a.weight.dtype))
-        operator = self.operator(name, z).to(z.dtype)
+        operator = self.operator(name, z).to(z)
         # Scaled in the bottleneck, where it costs R products a token instead of out_features.
         update: Tensor = lora_b(apply_operator(z, operator) * self.scaling[name])
         return update
@@ -125,9 +123,9 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         operator = state.operators[block]
         if operator.shape[:-2] == z.shape[:-1]:
             return operator
-        if z.dim() == 2 and operator.shape[:-2].numel() == z.shape[0]:
+        if 2 in (z.dim(), operator.dim() - 1) and operator.shape[:-2].numel() == z.shape[:-1].numel():
             # Some layers flatten batch and tokens (a mixture's gate): the tokens and their order are the same.
-            return operator.reshape(-1, *operator.shape[-2:])
+            return operator.reshape(*z.shape[:-1], *operator.shape[-2:])
         raise RuntimeError(
             f"a layer of {self.in_features} inputs sees tokens of shape {tuple(z.shape[:-1])}, but its block's route "
             f"was formed for {tuple(operator.shape[:-2])}: leave it out with exclude_modules"

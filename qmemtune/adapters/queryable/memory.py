@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -127,15 +127,17 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
     # --- one forward pass ---------------------------------------------------------------------------------------
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel copies the layers but not the memory they share: "
+                "use one process a GPU (torchrun or accelerate launch), or a single GPU"
+            )
         holder = self.holder
-        holder.depth += 1
-        if holder.depth > 1:
-            return
         mask = kwargs.get("attention_mask")
         if not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = None
-        holder.current = ForwardContext(token_mask=mask, instruction=self.instruction)
-        holder.recomputing = False
+        if not holder.enter(module, mask, self.instruction):
+            return
         self.divergence = {}
         for layer in self._checkpointed:
             if layer.gradient_checkpointing and layer.training:
@@ -144,14 +146,10 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                     layer._gradient_checkpointing_func = BoundCheckpoint(function, holder)
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        holder = self.holder
-        holder.depth = max(0, holder.depth - 1)
-        if holder.depth or holder.current is None:
-            return
-        for name, state in holder.current.passes.items():
+        context = self.holder.leave(module)
+        for name, state in context.passes.items() if context else ():
             if state.divergences:
                 self.divergence[name] = torch.stack(state.divergences).mean()
-        holder.current = None
 
     def pass_of(self, name: str) -> AdapterPass:
         """The state of adapter ``name`` in the current forward pass; made on first use.
@@ -186,16 +184,16 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         """
         config = self.configs[name]
         recording = not self.holder.recomputing
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z.device):
             normed = rms_norm(z.float())
             projection, offset = self.queryable_query[name][block], self.queryable_block[name][block]
-            query = F.linear(normed, projection.float(), offset.float())
+            query = F.linear(normed, float32(projection, z), float32(offset, z))
             if name in self.queryable_summary:
                 # Recomputation meets the states of later blocks too; a route reads those that ran before it.
                 earlier = state.states[: state.earlier.setdefault(block, len(state.states))]
                 if earlier:
-                    query = query + attend(query, torch.stack(earlier, dim=-2))
-            logits = F.linear(query, self.queryable_key[name].float())
+                    query = query + attend(query, stack_states(earlier, query))
+            logits = F.linear(query, float32(self.queryable_key[name], z))
             logits = logits * (config.temperature / math.sqrt(config.key_dim))
             if config.instruction_prior:
                 # Once a block, though the same for all: so recomputation of any one layer meets the same tensors.
@@ -207,12 +205,12 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                         state.divergences.append(divergence)
                 logits = logits + config.instruction_prior * prior
             weights = top_k_softmax(logits, config.top_k)
-            core = self.queryable_core[name].float()
+            core = float32(self.queryable_core[name], z)
             operator = (weights @ core.flatten(1)).unflatten(-1, core.shape[1:])
             summary = None
             if name in self.queryable_summary and block < self.num_blocks(name) - 1:
                 routed = normed_state(z.float(), operator)
-                summary = F.linear(routed, self.queryable_summary[name].float())
+                summary = F.linear(routed, float32(self.queryable_summary[name], z))
         if recording:
             state.operators[block] = operator
             if summary is not None:
@@ -239,7 +237,8 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
     def _log_prior(self, name: str, z: Tensor, given: Tensor | None) -> Tensor:
         """``log p(m | u)``, (B, M), for the rows of ``z`` (B, ..., R); zeros, hence no effect, without instruction."""
         config = self.configs[name]
-        projection, key = self.queryable_prior_projection[name].float(), self.queryable_prior_key[name].float()
+        projection = float32(self.queryable_prior_projection[name], z)
+        key = float32(self.queryable_prior_key[name], z)
         rows = z.shape[0]
         if given is None:
             if self.training and not self._warned_prior:
@@ -266,15 +265,26 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         weight = (prior != 0).any(dim=-1).expand(each.shape).to(each.dtype)
         mask = context.token_mask
         if mask is not None and mask.shape == each.shape:
-            weight = weight * mask
+            weight = weight * mask.to(weight)
         return (each * weight).sum() / weight.sum().clamp_min(1.0)
 
     # --- PEFT ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """None: other tuner layers have their base layer's, which PEFT would look for without end."""
+        raise AttributeError("a queryable memory has no base layer")
+
+    @property
+    def bias(self) -> Tensor:
+        """None, as :attr:`weight`."""
+        raise AttributeError("a queryable memory has no base layer")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter's atoms and router."""
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        self.divergence.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: see :meth:`QueryableMemoryModel.merge_and_unload`."""
@@ -300,6 +310,32 @@ NOT_MERGEABLE = (
     "a queryable memory depends on its input and cannot be merged into fixed weights exactly; "
     "`qmemtune merge-export` folds it into static ones and measures how far they are from the live model"
 )
+
+
+def float32(parameter: Tensor, like: Tensor) -> Tensor:
+    """The parameter in float32 where ``like`` is: a model may be spread over several devices."""
+    return parameter.to(device=like.device, dtype=torch.float32)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off, on devices that know it (meta tensors do not)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def stack_states(states: list[Tensor], query: Tensor) -> Tensor:
+    """States of earlier blocks for the tokens of ``query`` (..., K), as (..., J, K).
+
+    Raises:
+        RuntimeError: they are states of other tokens.
+    """
+    if any(state.shape.numel() != query.shape.numel() for state in states):
+        raise RuntimeError(
+            f"an adapted layer sees tokens of shape {tuple(query.shape[:-1])}, layers before it saw "
+            f"{tuple(states[0].shape[:-1])}: leave it out with exclude_modules, or set depth_summary=False"
+        )
+    return torch.stack([state.to(query.device).reshape(query.shape) for state in states], dim=-2)
 
 
 def rms_norm(z: Tensor) -> Tensor:

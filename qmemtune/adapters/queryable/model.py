@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from qmemtune.adapters.queryable.blocks import BlockPlan, refuse_unroutable
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
-from qmemtune.adapters.queryable.layer import QueryableLinear, supported
+from qmemtune.adapters.queryable.layer import NOT_MIXABLE, QueryableLinear, supported
 from qmemtune.adapters.queryable.memory import MEMORY_NAME, NOT_MERGEABLE, QueryableMemory
+from qmemtune.adapters.queryable.packing import keep_unpacked
 
 
 class QueryableMemoryModel(BaseTuner):
     """Adapts a model with a queryable memory; made by PEFT's ``get_peft_model`` from a ``QueryableMemoryConfig``.
 
     Raises:
-        ValueError: a target is not a linear layer, or one in which per-token routes make no sense; or the model is
-            called in several threads (``torch.nn.DataParallel``), which one memory cannot serve.
+        ValueError: a target is not a linear layer, or one in which per-token routes make no sense; a 4-bit weight of
+            the base is packed for inference.
     """
 
     prefix = "queryable_"
-    tuner_layer_cls = QueryableLinear
+    tuner_layer_cls = BaseTunerLayer
+    """Both the adapted layers and the memory: what PEFT switches, freezes and deletes."""
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -34,6 +38,7 @@ class QueryableMemoryModel(BaseTuner):
         memory._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _prepare_model(self, peft_config: QueryableMemoryConfig, model: nn.Module) -> None:
+        keep_unpacked(model)
         if peft_config.instruction_prior and peft_config.prior_dim is None:
             if peft_config.prior_encoder != "base" or not hasattr(model, "get_input_embeddings"):
                 raise ValueError("instruction_prior needs prior_dim, the width of the instruction embeddings")
@@ -84,6 +89,12 @@ class QueryableMemoryModel(BaseTuner):
             memory.attach(_entries(self.model), checkpointed)
         found: QueryableMemory = getattr(self.model, MEMORY_NAME)
         return found
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(NOT_MIXABLE)
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NOT_MERGEABLE)
