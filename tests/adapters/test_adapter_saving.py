@@ -41,7 +41,7 @@ def test_loaded_gives_the_same_logits(family, saved, low_cpu_mem_usage):
 def test_atoms_are_stored_once(family, saved):
     model, folder = saved
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     memory = [name for name in shapes if "adapter_memory" in name]
     assert sorted(name.rpartition(".")[2] for name in memory) == [
         "queryable_block",
@@ -83,11 +83,6 @@ with torch.no_grad():
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
-def test_the_bare_package_loads_no_torch():
-    script = "import sys, qmemtune; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_transformers_loads_it_too(family, saved, family_dirs):

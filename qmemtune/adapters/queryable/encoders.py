@@ -30,8 +30,11 @@ class BaseEmbeddingEncoder:
     """Mean of the base model's frozen input embeddings over an instruction's tokens: no extra model."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        embedding = model.get_input_embeddings()
+        # Where PEFT trains the embeddings (modules_to_save), the frozen ones stand beside them.
+        embedding = getattr(embedding, "original_module", embedding)
         # Through a list, so that the module is shared and stays where it is.
-        self._embedding = [model.get_input_embeddings()]
+        self._embedding = [embedding]
         self.tokenizer = tokenizer
         weight = self._embedding[0].weight
         self.dim = int(weight.shape[-1])

@@ -40,7 +40,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.block: dict[str, int] = {}
         self._disable_adapters = False
-        self._active_adapter = []
+        self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         if isinstance(base, Conv1D):

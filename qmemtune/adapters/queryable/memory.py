@@ -67,7 +67,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self._anchor: tuple[nn.Module, ...] = ()
         self._warned_prior = False
         self._disable_adapters = False
-        self._active_adapter = []
+        self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
 
     # --- construction -------------------------------------------------------------------------------------------
@@ -150,6 +150,10 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         for name, state in context.passes.items() if context else ():
             if state.divergences:
                 self.divergence[name] = torch.stack(state.divergences).mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` itself: an ``nn.Sequential`` calls all its submodules, this one too."""
+        return x
 
     def pass_of(self, name: str) -> AdapterPass:
         """The state of adapter ``name`` in the current forward pass; made on first use.
