@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict] = {
     "prior_on_one_rank_only": {"instruction_prior": 0.7},
     "prior_without_instructions": {"instruction_prior": 0.7, "prior_kl": 0.2},
 }
-ROWS, LENGTH, STEPS = 4, 8, 4
+ROWS, LENGTH, STEPS = 4, 8, 3
 
 
 def instructions(variant: str) -> torch.Tensor | None:

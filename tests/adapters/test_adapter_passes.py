@@ -38,8 +38,8 @@ def test_a_pass_that_was_cut_off_leaves_nothing(llama, error, place):
         llama.logits(model, first)
     hook.remove()
     assert torch.equal(llama.logits(model, second), expected)
+    hook = victim.register_forward_pre_hook(interrupt)
     with pytest.raises(error):
-        hook = victim.register_forward_pre_hook(interrupt)
         llama.logits(model, first)
     hook.remove()
     with torch.no_grad():

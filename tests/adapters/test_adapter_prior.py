@@ -126,9 +126,9 @@ def test_contexts_nest_and_end(llama, source_of):
 
 def test_a_wrong_number_of_instructions_is_an_error(llama, source_of):
     model = llama.adapted(instruction_prior=1.0)
-    with pytest.raises(RuntimeError, match="3 instructions were given for a batch of 4 rows"):
-        with source_of(model).context(TEXTS[:3]):
-            llama.logits(model, llama.tokens(4, 5))
+    message = "3 instructions were given for a batch of 4 rows"
+    with source_of(model).context(TEXTS[:3]), pytest.raises(RuntimeError, match=message):
+        llama.logits(model, llama.tokens(4, 5))
 
 
 def test_without_a_prior_contexts_do_nothing(llama, source_of):

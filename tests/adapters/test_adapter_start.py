@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qmemtune.adapters.queryable.memory import top_k_softmax
+from qmemtune.adapters.queryable.routing import top_k_softmax
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -145,4 +145,3 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
 def supported(module: nn.Module) -> bool:
     """Whether a module is a linear layer this adapter can wrap."""
     return isinstance(module, (nn.Linear, Conv1D))
-

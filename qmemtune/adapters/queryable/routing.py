@@ -1,0 +1,66 @@
+"""The arithmetic of a route, free of any state.
+
+Tensor letters: R rank, M atoms, K key width, J earlier blocks; ``...`` are the tokens of a layer's input.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmemtune.adapters.queryable.apply import apply_operator
+
+
+def float32(parameter: Tensor, like: Tensor) -> Tensor:
+    """The parameter in float32 where ``like`` is: a model may be spread over several devices."""
+    return parameter.to(device=like.device, dtype=torch.float32)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off, on devices that know it (meta tensors do not)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def stack_states(states: list[Tensor], query: Tensor) -> Tensor:
+    """States of earlier blocks for the tokens of ``query`` (..., K), as (..., J, K).
+
+    Raises:
+        RuntimeError: they are states of other tokens.
+    """
+    if any(state.shape.numel() != query.shape.numel() for state in states):
+        raise RuntimeError(
+            f"an adapted layer sees tokens of shape {tuple(query.shape[:-1])}, layers before it saw "
+            f"{tuple(states[0].shape[:-1])}: leave it out with exclude_modules, or set depth_summary=False"
+        )
+    return torch.stack([state.to(query.device).reshape(query.shape) for state in states], dim=-2)
+
+
+def rms_norm(z: Tensor) -> Tensor:
+    """``z / rms(z)`` over the last dimension."""
+    return z * torch.rsqrt(z.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def normed_state(z: Tensor, operator: Tensor) -> Tensor:
+    """``h = rmsnorm(C z)`` with ``C = I + operator``. Shapes: z (..., R), operator (..., R, R)."""
+    return rms_norm(apply_operator(z, operator))
+
+
+def attend(query: Tensor, states: Tensor) -> Tensor:
+    """Attention of one query over the states of earlier blocks. Shapes: query (..., K), states (..., J, K)."""
+    scores = (states @ query.unsqueeze(-1)).squeeze(-1) / math.sqrt(query.shape[-1])
+    return (scores.softmax(dim=-1).unsqueeze(-2) @ states).squeeze(-2)
+
+
+def top_k_softmax(logits: Tensor, top_k: int | None) -> Tensor:
+    """Softmax over the ``top_k`` largest logits (all if None); the others get exactly zero. Shape (..., M)."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept = logits.topk(top_k, dim=-1).indices
+        mask = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
+        logits = logits.masked_fill(mask, float("-inf"))
+    return logits.softmax(dim=-1)
