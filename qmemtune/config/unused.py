@@ -39,7 +39,8 @@ def _model(c: Config) -> dict[str, str]:
     if local and c.model.revision is not None:
         reasons["model.revision"] = f"{c.model.path} is not on the hub"
     if c.quantization.kind in ("none", "int8"):
-        reasons["quantization.double_quant"] = f"quantization.kind is {c.quantization.kind}"
+        for name in ("double_quant", "dequantized_copies"):
+            reasons[f"quantization.{name}"] = f"quantization.kind is {c.quantization.kind}"
     return reasons
 
 

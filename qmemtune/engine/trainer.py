@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,16 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from qmemtune.adapters import auxiliary_loss, parameter_groups
-from qmemtune.config.schema import Config
 from qmemtune.engine import checkpoints
-from qmemtune.engine.best import Best
 from qmemtune.engine.counts import instructed_tokens, step_counts
 from qmemtune.engine.environment import seconds_since_start
-from qmemtune.engine.heldout import Abandoned, HeldOut
-from qmemtune.engine.interrupt import StopRequest
+from qmemtune.engine.heldout import Abandoned
 from qmemtune.engine.loss import LabelledLoss
-from qmemtune.engine.metrics_log import JsonLines
-from qmemtune.engine.progress import Progress
+from qmemtune.engine.parts import Parts as Parts
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
-from qmemtune.engine.steps import StepCount
-from qmemtune.engine.totals import Stopwatch, Totals
+from qmemtune.engine.totals import Stopwatch
 from qmemtune.errors import RunFailed
-
-
-@dataclass
-class Parts:
-    """What a trainer works with besides model and arguments."""
-
-    config: Config
-    sampler: Sampler[int]
-    source: Any
-    """The adapter's instruction source."""
-    heldout: HeldOut
-    steps: StepCount
-    metrics: JsonLines
-    progress: Progress
-    stop: StopRequest
-    totals: Totals
-    best: Best
+from qmemtune.models.dequantized import dequantized_on_cpu
 
 
 class RunTrainer(Trainer):
@@ -92,6 +70,16 @@ class RunTrainer(Trainer):
         self.final_metrics: dict[str, Any] = {}
         self.first_step_done_s: float | None = None
         """Seconds from the start of the process to the end of its first step; None before it."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; on a CPU, 4-bit layers compute with dequantised copies meanwhile."""
+        with dequantized_on_cpu(self.model, processes=self.args.world_size) as size:
+            if size:
+                self.parts.progress.message(
+                    f"dequantised copies of the 4-bit weights make training faster and take {size / 1e6:,.0f} MB "
+                    "(quantization.dequantized_copies)"
+                )
+            return super().train(*args, **kwargs)
 
     # Rows and order
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qmemtune.evaluation.dequantized import dequantized_on_cpu
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
+from qmemtune.models.dequantized import dequantized_on_cpu
 
 TOKENS_PER_ROW = 512
 """A generation batch may hold this many tokens for each row of the evaluation batch size: short rows go in larger

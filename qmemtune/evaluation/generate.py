@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from qmemtune.config.schema import Config
 from qmemtune.data.render import render_prompt
 from qmemtune.evaluation.decode import decode_answer, end_tokens, start_token
-from qmemtune.evaluation.dequantized import dequantized_on_cpu
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
 from qmemtune.evaluation.guard import keep_4bit_layout
+from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
 
 Prompt = str | Sequence[dict[str, str]] | Mapping[str, str]

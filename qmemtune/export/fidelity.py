@@ -13,11 +13,11 @@ from torch import nn
 from qmemtune.data.collate import Collator
 from qmemtune.data.rows import IGNORED
 from qmemtune.engine.restore import LoadedRun
-from qmemtune.evaluation.dequantized import dequantized_on_cpu
 from qmemtune.evaluation.exact_match import row_matches
 from qmemtune.evaluation.forward import Instructions
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.loss import label_logprobs, length_batches, to_device
+from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from qmemtune.adapters.queryable.fold import FoldedLayer, mean_fold
 from qmemtune.data.collate import Collator
 from qmemtune.engine.restore import LoadedRun
-from qmemtune.evaluation.dequantized import dequantized_on_cpu
 from qmemtune.evaluation.forward import evaluation_forward
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.loss import length_batches, to_device
+from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
 
 BATCH_SIZE = 16

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
 from qmemtune.models.bitsandbytes import bitsandbytes_config, keep_4bit_trainable
+from qmemtune.models.dequantized import refuse_copies
 from qmemtune.models.failures import explained
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.models.sources import Source, resolve
@@ -116,6 +117,8 @@ def load_base(
             options["device_map"] = {"": device}
         model = _from_pretrained(source, config, dtype, **options)
     keep_4bit_trainable(model)
+    if quantization.dequantized_copies == "never":
+        refuse_copies(model)
     return model.requires_grad_(False).eval()
 
 

@@ -26,7 +26,10 @@ def complete(shell: str, **variables: str) -> str:
         (["~trainer.max_s"], ["~trainer.max_steps"]),
         (["+data.chat"], ["+data.chat="]),
         (["trainer.keep_best", "=", "t"], ["true"]),
-        (["seed=1", "quant"], ["quantization=", "quantization.kind=", "quantization.double_quant="]),
+        (
+            ["seed=1", "quant"],
+            ["quantization=", "quantization.kind=", "quantization.double_quant=", "quantization.dequantized_copies="],
+        ),
     ],
 )
 def test_bash_breaks_words_at_the_sign(words, expected):

@@ -73,6 +73,7 @@ def test_checks_report_together():
         (["evaluation.samples.count=5"], "evaluation.samples.count"),
         (["evaluation.tasks_limit=5"], "evaluation.tasks_limit"),
         (["quantization.double_quant=false"], "quantization.double_quant"),
+        (["quantization.dequantized_copies=never"], "quantization.dequantized_copies"),
         (["trainer.gradient_checkpointing_use_reentrant=true"], "trainer.gradient_checkpointing_use_reentrant"),
         (["model.path=package:a/b.gguf", "model.revision=main"], "model.revision"),
         (["adapter=queryable", "adapter.prior_kl=0.1"], "adapter.prior_kl"),

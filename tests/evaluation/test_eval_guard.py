@@ -14,10 +14,10 @@ from torch import nn
 from qmemtune.config.schema import EvaluationConfig, ExactMatchConfig, SamplesConfig
 from qmemtune.data.collate import Collator
 from qmemtune.errors import UserError
-from qmemtune.evaluation.dequantized import dequantized_on_cpu
 from qmemtune.evaluation.evaluate import draw_samples, evaluate
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.verb import evaluate_pair, evaluate_single
+from qmemtune.models.dequantized import dequantized_on_cpu
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
@@ -140,7 +140,7 @@ def test_dequantised_copies_give_the_same_bits(llama, rows, dtype):
 
 
 def test_no_copies_without_room(llama, monkeypatch):
-    monkeypatch.setattr("qmemtune.evaluation.dequantized.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("qmemtune.models.dequantized.MEMORY_SHARE", 0.0)
     model = to_4bit(llama)
     with dequantized_on_cpu(model):
         assert not any("forward" in module.__dict__ for module in model.modules())

@@ -1,0 +1,34 @@
+"""What a trainer works with besides model and arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from qmemtune.config.schema import Config
+from qmemtune.engine.best import Best
+from qmemtune.engine.heldout import HeldOut
+from qmemtune.engine.interrupt import StopRequest
+from qmemtune.engine.metrics_log import JsonLines
+from qmemtune.engine.progress import Progress
+from qmemtune.engine.steps import StepCount
+from qmemtune.engine.totals import Totals
+
+
+@dataclass
+class Parts:
+    """The run's config and all that belongs to it, put together once."""
+
+    config: Config
+    sampler: Sampler[int]
+    source: Any
+    """The adapter's instruction source."""
+    heldout: HeldOut
+    steps: StepCount
+    metrics: JsonLines
+    progress: Progress
+    stop: StopRequest
+    totals: Totals
+    best: Best

@@ -1,0 +1,97 @@
+"""Fast 4-bit layers on the CPU: each weight is dequantised once, not in every forward and backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MEMORY_SHARE = 0.25
+"""Of the memory now free, so much may be used."""
+REFUSED = "_qmemtune_no_dequantized_copy"
+"""Attribute of a layer that is to have no copy."""
+
+
+@contextmanager
+def dequantized_on_cpu(model: nn.Module, *, processes: int = 1) -> Iterator[int]:
+    """While open, frozen 4-bit layers on the CPU compute with a dequantised copy of their weight.
+
+    The numbers are those of the layer itself, bit for bit, gradients too: without a packed kernel bitsandbytes also
+    dequantises to the compute dtype and multiplies, once in each forward pass and once in each backward pass. That
+    takes most of the time of a decoded token or of a small training batch. Layers on a GPU have fused kernels and are
+    left alone, and so is a model whose copies would take more than a quarter of the free memory. A copy is made in
+    the layer's first forward pass. Weights must not change while it is open. Blocks may be nested: the inner one finds
+    nothing left to do.
+
+    Args:
+        processes: how many processes on this machine do the same.
+
+    Yields:
+        The bytes that the copies take in this process; 0 without any.
+    """
+    layers: list[Any] = [module for module in model.modules() if is_swappable(module)]
+    needed = sum(layer.in_features * layer.out_features * copy_dtype(layer).itemsize for layer in layers)
+    if needed * processes > MEMORY_SHARE * psutil.virtual_memory().available:
+        layers, needed = [], 0
+    for layer in layers:
+        layer.forward = cached_forward(layer)
+    try:
+        yield needed
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def refuse_copies(model: nn.Module) -> None:
+    """Keep :func:`dequantized_on_cpu` away from this model's layers for good."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.__dict__[REFUSED] = True
+
+
+def is_swappable(module: nn.Module) -> bool:
+    """A quantised, frozen 4-bit layer on the CPU, in the standard layout, whose forward nobody else has replaced."""
+    if not isinstance(module, bnb.nn.Linear4bit) or "forward" in module.__dict__ or REFUSED in module.__dict__:
+        return False
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)
+    if weight.device.type != "cpu" or state is None or getattr(state, "packing_format_for_cpu", False):
+        return False
+    shape: tuple[int, ...] = tuple(state.shape)
+    return shape == (module.out_features, module.in_features)
+
+
+def cached_forward(layer: bnb.nn.Linear4bit) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``Linear4bit.forward``, with the dequantised weight kept per dtype."""
+    weights: dict[torch.dtype, torch.Tensor] = {}
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        dtype = compute_dtype(layer, x)
+        if dtype not in weights:
+            packed = layer.weight
+            # Not as inference tensors, whatever the caller's mode: a backward pass may need the copy later.
+            with torch.inference_mode(False), torch.no_grad():
+                weights[dtype] = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return F.linear(x.to(dtype), weights[dtype], bias).to(x.dtype)
+
+    return forward
+
+
+def compute_dtype(layer: bnb.nn.Linear4bit, x: torch.Tensor) -> torch.dtype:
+    """What the layer would compute in; unlike the layer's own forward, this does not fix it for later calls."""
+    if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+        return x.dtype
+    return layer.compute_dtype or x.dtype
+
+
+def copy_dtype(layer: bnb.nn.Linear4bit) -> torch.dtype:
+    """The compute dtype as far as it is known before the first input, else float32."""
+    known: torch.dtype | None = layer.compute_dtype if layer.compute_type_is_set else None
+    return known or torch.float32
