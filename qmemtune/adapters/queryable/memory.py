@@ -25,6 +25,7 @@ from qmemtune.adapters.queryable.context import (
     ContextHolder,
     ForwardContext,
 )
+from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, rows_of
 from qmemtune.adapters.queryable.routing import (
     attend,
     float32,
@@ -212,7 +213,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 prior = self._log_prior(name, z, context.instruction)
                 prior = prior.view(prior.shape[0], *[1] * (logits.dim() - 2), prior.shape[-1])
                 if config.prior_kl:
-                    divergence = self._divergence(logits, prior, context)
+                    divergence = divergence_from_prior(logits, prior, context.token_mask)
                     if recording:
                         state.divergences.append(divergence)
                 logits = logits + config.instruction_prior * prior
@@ -248,10 +249,8 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
 
     def _log_prior(self, name: str, z: Tensor, given: Tensor | None) -> Tensor:
         """``log p(m | u)``, (B, M), for the rows of ``z`` (B, ..., R); zeros, hence no effect, without instruction."""
-        config = self.configs[name]
         projection = float32(self.queryable_prior_projection[name], z)
         key = float32(self.queryable_prior_key[name], z)
-        rows = z.shape[0]
         if given is None:
             if self.training and not self._warned_prior:
                 self._warned_prior = True
@@ -260,25 +259,8 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                     stacklevel=2,
                 )
             given = projection.new_zeros(1, projection.shape[1])
-        given = given.to(projection)
-        if rows % given.shape[0]:
-            raise RuntimeError(f"{given.shape[0]} instructions were given for a batch of {rows} rows")
-        given = given.repeat_interleave(rows // given.shape[0], dim=0)
-        logits = F.linear(F.linear(given, projection), key) / config.prior_temperature
-        # Rows without an instruction multiply by zero instead of leaving out: every parameter takes part in every
-        # batch, which data-parallel training needs.
-        present = (given != 0).any(dim=-1, keepdim=True)
-        return F.log_softmax(logits, dim=-1) * present
-
-    def _divergence(self, logits: Tensor, prior: Tensor, context: ForwardContext) -> Tensor:
-        """Mean KL(route without prior || prior) over real tokens of rows with an instruction, a scalar."""
-        log_route = F.log_softmax(logits, dim=-1)
-        each = (log_route.exp() * (log_route - prior)).sum(dim=-1)
-        weight = (prior != 0).any(dim=-1).expand(each.shape).to(each.dtype)
-        mask = context.token_mask
-        if mask is not None and mask.shape == each.shape:
-            weight = weight * mask.to(weight)
-        return (each * weight).sum() / weight.sum().clamp_min(1.0)
+        given = rows_of(given.to(projection), z.shape[0])
+        return log_prior(given, projection, key, self.configs[name].prior_temperature)
 
     # --- PEFT ---------------------------------------------------------------------------------------------------
 
