@@ -11,6 +11,8 @@ from typing import Any
 from qmemtune.errors import UserError
 
 RUNS_ROOT = Path("runs")
+EXPORT_MARKER = "qmemtune.json"
+"""File that marks an exported folder and says what it was made from."""
 
 
 @dataclass(frozen=True)

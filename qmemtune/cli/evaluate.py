@@ -1,4 +1,4 @@
-"""``qmemtune eval``: a run beside its base, or a model by itself, on held-out rows."""
+"""``qmemtune eval``: a run or an exported folder beside its base, or a model by itself, on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ if TYPE_CHECKING:
 
 
 def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = False, quiet: Quiet = False) -> None:
-    """Measure a run beside its base, or a bare model.
+    """Measure a run or an exported folder beside its base, or a bare model.
 
-    The run is run_dir=, else the newest; recipe= or model.path= without run_dir= measures a model by itself.
+    The run is run_dir=, else the newest. model.path=FOLDER takes a folder that merge-export wrote, with the base, rows
+    and evaluation of its run; where the base was a local model: export.path=FOLDER model.path=BASE, and data.path=
+    where the rows are not at hand. recipe= or any other model.path= measures a model by itself.
     """
     with output(as_json, debug, quiet) as out:
-        from qmemtune.cli.target import names_bare_model, split_run_dir
+        from qmemtune.cli.target import names_bare_model, split_export, split_run_dir
 
         given = overrides or []
-        bare = split_run_dir(given)[0] is None and names_bare_model(given)
-        report = _evaluate_model(given, out) if bare else _evaluate_run(given, out)
+        folder, rest = split_export(given)
+        if folder is not None:
+            report = _evaluate_export(folder, rest, out)
+        elif split_run_dir(given)[0] is None and names_bare_model(given):
+            report = _evaluate_model(given, out)
+        else:
+            report = _evaluate_run(given, out)
         out.result(report, lambda console: _show(console, report))
 
 
@@ -58,6 +65,17 @@ def _evaluate_run(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     return report
 
 
+def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output) -> dict[str, Any]:
+    from qmemtune.cli.display import RowCounter
+    from qmemtune.export.evaluation import evaluate_exported, open_exported
+
+    out.libraries_are_loaded()
+    exported = open_exported(folder, overrides)
+    out.warn(exported.composed.warnings)
+    with RowCounter(quiet=out.quiet) as counter:
+        return evaluate_exported(exported, say=out.note, progress=counter)
+
+
 def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     """A model without an adapter: its metrics stand under ``tuned``, and ``base`` is null."""
     from qmemtune.cli.display import RowCounter
@@ -73,7 +91,7 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
             fix="evaluate its run with run_dir=, or export it with export.format=merged",
         )
     from qmemtune.data.prepare import prepare_heldout
-    from qmemtune.evaluation.verb import evaluate_single
+    from qmemtune.evaluation.verb import by_itself, measure
     from qmemtune.models.hardware import compute_dtype, pick_device
     from qmemtune.models.loading import load_base, load_tokenizer
 
@@ -83,7 +101,7 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     model = load_base(config.model, config.quantization, device=device)
     rows = prepare_heldout(config.data, tokenizer).heldout
     with RowCounter(quiet=out.quiet) as counter:
-        metrics = evaluate_single(
+        measured = measure(
             model,
             tokenizer,
             rows,
@@ -92,8 +110,7 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
             dtype=compute_dtype(config.model.compute_dtype, device),
             progress=counter,
         )
-    examples = {"examples": metrics.pop("examples")} if "examples" in metrics else {}
-    return {"model": config.model.path, "base": None, "tuned": metrics, "rows": metrics.get("rows"), **examples}
+    return {"model": config.model.path, **by_itself(measured, rows, config.evaluation, tokenizer)}
 
 
 def _show(console: Console, report: dict[str, Any]) -> None:

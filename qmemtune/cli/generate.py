@@ -59,7 +59,7 @@ def generate(
         rows = [] if chat else list(_prompts(prompt, file))
         from qmemtune.cli.target import load_target
 
-        run, composed = load_target(rest, out)
+        run, composed = load_target(rest, out, needs_data=False)
         from qmemtune.engine.restore import load_run
 
         out.libraries_are_loaded()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -53,14 +54,29 @@ class Output:
 
 @contextmanager
 def output(as_json: bool, debug: bool, quiet: bool) -> Iterator[Output]:
-    """What a verb runs inside: libraries are silenced, and with ``as_json`` only the result reaches stdout."""
+    """What a verb runs inside: libraries are silenced, and with ``as_json`` only the result reaches stdout.
+
+    Of several processes (torchrun) the first one speaks; of the others libraries may still complain.
+    """
     silence(debug=debug, quiet=quiet)
     stdout = sys.stdout
+    if process_number() > 0:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stderr):
+            yield Output(nowhere, as_json, True, debug)
+        return
     if not as_json:
         yield Output(stdout, as_json, quiet, debug)
         return
     with redirect_stdout(sys.stderr):
         yield Output(stdout, as_json, quiet, debug)
+
+
+def process_number() -> int:
+    """This process's number among those that a launcher started; 0 without one."""
+    for name in ("RANK", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 0
 
 
 def console(stream: TextIO) -> Console:
@@ -91,14 +107,21 @@ def plain(value: Any) -> Any:
 
 
 def print_error(error: BaseException, *, as_json: bool, debug: bool) -> None:
-    """One line for each finding on stderr; with ``as_json`` the JSON error on stdout."""
+    """One line for each finding on stderr; with ``as_json`` the JSON error on stdout.
+
+    All processes of a run meet the same mistake of the user, and the first one reports it. What fails in another way
+    may do so in one of them only: it is reported there, with the process's number.
+    """
+    number = process_number()
+    if number > 0 and isinstance(error, UserError):
+        return
     if debug:
         traceback.print_exception(error)
     if isinstance(error, UserError):
         findings, value = error.findings, error.as_dict()
     else:
         text = " ".join(str(error).split())
-        problem = f"internal error: {type(error).__name__}: {text}"
+        problem = f"internal error: {type(error).__name__}: {text}" + (f" (in process {number})" if number else "")
         fix = None if debug else "run again with --debug for the traceback"
         findings = [Finding(problem, None, fix)]
         value = {"problem": problem, "where": None, "fix": fix}
@@ -106,7 +129,7 @@ def print_error(error: BaseException, *, as_json: bool, debug: bool) -> None:
     for finding in findings:
         # The terminal breaks the line, so that a command in it can be copied whole.
         lines.print(_line(finding), soft_wrap=True)
-    if as_json:
+    if as_json and number == 0:
         write_json_line(sys.stdout, {"error": value})
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmemtune.cli.output import Output
-from qmemtune.rundir import RunDir, find_run
+from qmemtune.errors import UserError
+from qmemtune.rundir import EXPORT_MARKER, RunDir, find_run
 
 if TYPE_CHECKING:
     from qmemtune.config.compose import Composed
@@ -14,13 +16,44 @@ if TYPE_CHECKING:
 
 def split_run_dir(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of the last ``run_dir=``, and the other overrides."""
-    run_dir, rest = None, []
+    return take("run_dir", overrides)
+
+
+def take(key: str, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of the last override of a key, and all overrides of other keys."""
+    value, rest = None, []
     for override in overrides:
-        if override.startswith("run_dir="):
-            run_dir = override.removeprefix("run_dir=").strip("'\"")
+        if override.startswith(f"{key}="):
+            value = override.removeprefix(f"{key}=").strip("'\"")
         else:
             rest.append(override)
-    return run_dir, rest
+    return value, rest
+
+
+def split_export(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The exported folder that overrides speak of, and the other overrides.
+
+    It is named by ``export.path=``, or by ``model.path=`` if it has a marker. A recipe brings its own settings, so that
+    with ``recipe=`` a ``model.path=`` is a model like any other.
+
+    Raises:
+        UserError: a run is named too.
+    """
+    path, rest = take("export.path", overrides)
+    if path is not None:
+        run_dir, _ = split_run_dir(overrides)
+        if run_dir is not None:
+            raise UserError(
+                "a run and an exported folder are given", where=f"export.path={path}", fix="leave one of them out"
+            )
+        return Path(path).expanduser(), rest
+    path, rest = take("model.path", overrides)
+    if path is None or any(override.startswith(("run_dir=", "recipe=")) for override in rest):
+        return None, list(overrides)
+    folder = Path(path).expanduser()
+    if not (folder / EXPORT_MARKER).is_file():
+        return None, list(overrides)
+    return folder, [override for override in rest if override != "model=local"]
 
 
 def names_bare_model(overrides: Sequence[str]) -> bool:
@@ -28,8 +61,13 @@ def names_bare_model(overrides: Sequence[str]) -> bool:
     return any(override.startswith(("recipe=", "model=", "model.path=")) for override in overrides)
 
 
-def load_target(overrides: Sequence[str], out: Output) -> tuple[RunDir, Composed]:
+def load_target(overrides: Sequence[str], out: Output, *, needs_data: bool = True) -> tuple[RunDir, Composed]:
     """The run that ``run_dir=`` names, or the newest one (and says which), with its config and the other overrides.
+
+    Args:
+        overrides: the command line's.
+        out: where to say which run.
+        needs_data: whether the files of rows must still be there.
 
     Raises:
         UserError: there is no such run, or the overrides are wrong.
@@ -40,6 +78,6 @@ def load_target(overrides: Sequence[str], out: Output) -> tuple[RunDir, Composed
     run = find_run(run_dir)
     if run_dir is None:
         out.note(f"run: {run.path} (the newest)")
-    composed = load_resolved(run.config, rest)
+    composed = load_resolved(run.config, rest, needs_data=needs_data)
     out.warn(composed.warnings)
     return run, composed

@@ -227,7 +227,7 @@ def _exists(key: str, path: str) -> Iterator[Problem]:
     except (OSError, ValueError):
         there = False
     if not there:
-        yield key, f"{path} does not exist (seen from {Path.cwd()})", "check the path"
+        yield key, f"{path} does not exist (seen from {Path.cwd()})", f"check the path, or give another with {key}="
 
 
 def looks_local(path: str, *, is_file: bool = False) -> bool:

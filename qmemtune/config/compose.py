@@ -37,6 +37,7 @@ from qmemtune.errors import Finding, UserError
 __all__ = ["Composed", "compose", "load_resolved", "to_dict", "to_yaml"]
 
 NO_RECIPE = "custom"
+DATA_PATHS = ("data.path", "data.eval_path")
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,18 @@ class Composed:
 
 
 def compose(
-    overrides: Sequence[str], *, base: Mapping[str, Any] | None = None, allow_missing: bool = False
+    overrides: Sequence[str],
+    *,
+    base: Mapping[str, Any] | None = None,
+    base_name: str = "base",
+    allow_missing: bool = False,
 ) -> Composed:
     """Compose a recipe (or ``base``, or only the schema's defaults) and the overrides.
 
     Args:
         overrides: ``recipe=NAME_OR_FILE``, ``group=option``, ``key=value``, ``+key=value``, ``~key``.
         base: nested plain values to start from instead of a recipe.
+        base_name: where messages say that those values stand.
         allow_missing: leave values that must be given at ``???`` instead of reporting them.
 
     Raises:
@@ -70,7 +76,7 @@ def compose(
     """
     given = read_overrides(overrides)
     if base is not None:
-        return _compose_on(list(flatten(base, "base")), given, allow_missing)
+        return _compose_on(list(flatten(base, base_name)), given, allow_missing, quiet=base_name)
     recipe = _find_recipe(given)
     given.incomplete = recipe is None and given.recipe not in (None, NO_RECIPE)
     layers = _compose_files(recipe, given)
@@ -79,10 +85,15 @@ def compose(
     return _finish([*first, *layers], given, allow_missing)
 
 
-def load_resolved(path: Path, overrides: Sequence[str]) -> Composed:
+def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = True) -> Composed:
     """A run's own config with overrides on top.
 
     The adapter is as it was trained: overrides of its options are refused.
+
+    Args:
+        path: the run's config.yaml.
+        overrides: as of :func:`compose`.
+        needs_data: whether the files of rows must still be there.
 
     Raises:
         UserError: with every mistake in the file and the overrides.
@@ -100,25 +111,35 @@ def load_resolved(path: Path, overrides: Sequence[str]) -> Composed:
         given.findings.append(
             Finding("a run keeps its recipe", f"recipe={given.recipe}", "leave it out, or give single groups and keys")
         )
-    return _compose_on(file.settings, given, False, quiet=shown(path))
+    return _compose_on(file.settings, given, False, quiet=shown(path), needs_data=needs_data)
 
 
-def _compose_on(start: list[Setting], given: Overrides, allow_missing: bool, quiet: str | None = None) -> Composed:
+def _compose_on(
+    start: list[Setting], given: Overrides, allow_missing: bool, *, quiet: str, needs_data: bool = True
+) -> Composed:
     """Settings, then the groups of the command line in place of their sections, then the rest."""
     layers = _compose_files(None, given)
     replaced = tuple(f"{group}." for group in (*given.groups, *given.removed_groups))
     kept = [setting for setting in start if not (replaced and setting.key.startswith(replaced))]
-    return _finish([*kept, *layers], given, allow_missing, quiet)
+    return _finish([*kept, *layers], given, allow_missing, quiet=quiet, needs_data=needs_data)
 
 
-def _finish(layers: list[Setting], given: Overrides, allow_missing: bool, quiet: str | None = None) -> Composed:
+def _finish(
+    layers: list[Setting],
+    given: Overrides,
+    allow_missing: bool,
+    *,
+    quiet: str | None = None,
+    needs_data: bool = True,
+) -> Composed:
     result = validate([*layers, *resets(layers, given.settings), *given.settings])
     findings = [*given.findings, *result.findings]
     if not allow_missing and not given.incomplete:
         findings += result.missing
     # Checks across fields only make sense of values that are themselves in order.
     if not result.findings:
-        findings += [_finding(*problem, result) for problem in cross_field_problems(result.config)]
+        problems = cross_field_problems(result.config)
+        findings += [_finding(*problem, result) for problem in problems if needs_data or problem[0] not in DATA_PATHS]
     if findings:
         raise UserError.many(list(dict.fromkeys(findings)))
     provenance = {key: source_of(result.history, key) for key in _all_keys(result)}

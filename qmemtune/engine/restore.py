@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,17 +48,31 @@ def load_run(run: RunDir, config: Config, *, device: torch.device | None = None)
             where=str(run.path),
             fix=f"go on with it: qmemtune train ... run_dir={run.path} resume=auto",
         )
+    return load_adapted(run.adapter, config, device=device)
+
+
+def load_adapted(adapter: Path, config: Config, *, device: torch.device | None = None) -> LoadedRun:
+    """Load a base and put an adapter on it.
+
+    Args:
+        adapter: a PEFT folder.
+        config: names base, tokenizer and quantisation.
+        device: where to put the model; chosen by the hardware if not given.
+
+    Raises:
+        UserError: the base cannot be loaded, or the adapter does not fit it.
+    """
     device = device or pick_device()
     dtype = compute_dtype(config.model.compute_dtype, device)
     tokenizer = load_tokenizer(config.model)
     base = load_base(config.model, config.quantization, device=device)
     try:
-        model = PeftModel.from_pretrained(base, str(run.adapter), is_trainable=False)
+        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
     except RuntimeError as error:
         raise UserError(
             f"the adapter does not fit this base: {first_line(error)}",
-            where=str(run.adapter),
-            fix="use the base that the run was trained on (model.path in its config.yaml)",
+            where=str(adapter),
+            fix="use the base that it was trained on (model.path, as config.yaml of its run has it)",
         ) from error
     model.requires_grad_(False)
     model.eval()

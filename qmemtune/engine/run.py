@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch.utils.data import Sampler
@@ -17,6 +18,7 @@ from qmemtune.config.compose import Composed
 from qmemtune.config.dump import to_yaml
 from qmemtune.config.schema import Config
 from qmemtune.data.collate import Collator
+from qmemtune.data.prepare import PreparedData
 from qmemtune.data.sampler import LengthGroupedSampler
 from qmemtune.engine import checkpoints
 from qmemtune.engine.arguments import refuse_data_parallel, settle, training_arguments
@@ -70,6 +72,8 @@ def train(composed: Composed, *, progress: Progress | None = None) -> dict[str, 
     if first:
         open_folder(opened, composed, args)
     materials = build(config, args, device=args.device, rejected=run.rejected if first else None)
+    if first:
+        run.config.write_text(to_yaml(with_form(config, materials.data)), encoding="utf-8")
     for line in materials.data.report.lines():
         progress.message(line)
     steps = count_steps(len(materials.data.train), config.trainer, config.optimizer, world_size=args.world_size)
@@ -121,6 +125,16 @@ def open_folder(opened: Opened, composed: Composed, args: TrainingArguments) -> 
         JsonLines(path).truncate(step)
     run.checkpoints.mkdir(exist_ok=True)
     checkpoints.remove_later(run.checkpoints, step)
+
+
+def with_form(config: Config, data: PreparedData) -> Config:
+    """The config with the row form that was recognised, so that prompts are rendered alike without the rows."""
+    forms = {source.form for source in data.report.sources}
+    if config.data.format != "auto" or forms != {data.format}:
+        # Training and held-out rows of different forms: each has to be recognised again.
+        return config
+    form = cast(Literal["alpaca", "prompt_completion", "messages"], data.format)
+    return replace(config, data=replace(config.data, format=form))
 
 
 def make_trainer(

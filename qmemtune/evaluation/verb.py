@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,55 +24,20 @@ from qmemtune.evaluation.summary import differences
 from qmemtune.models.hardware import autocast
 
 
-def evaluate_pair(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    config: EvaluationConfig,
-    *,
-    source: Instructions | None = None,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: EvalProgress | None = None,
-) -> dict[str, Any]:
-    """The model with its adapter and without it, on the same rows.
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model."""
 
-    Returns:
-        ``base`` and ``tuned`` (as of :meth:`EvalResult.as_dict`, with ``tasks`` if the config names any),
-        ``difference`` (tuned minus base, paired by row, with 95 % intervals, also by group), ``examples`` (a few
-        answers of both, if exact match was measured) and ``rows``.
-    """
-    results: dict[str, EvalResult] = {}
-    tasks: dict[str, dict[str, Any]] = {}
-    for name in ("base", "tuned"):
-        of_base = name == "base"
-        # The outer guard: switching an adapter off and on again touches its parameters' requires_grad.
-        with undisturbed(model), model.disable_adapter() if of_base else nullcontext():
-            results[name] = evaluate(
-                model,
-                tokenizer,
-                rows,
-                config,
-                source=None if of_base else source,
-                device=device,
-                dtype=dtype,
-                exact_match=config.exact_match.enabled,
-                progress=prefixed(progress, name),
-            )
-            tasks[name] = task_results(model, tokenizer, config, device, dtype)
-    base, tuned = results["base"], results["tuned"]
-    report: dict[str, Any] = {
-        "base": base.as_dict() | tasks["base"],
-        "tuned": tuned.as_dict() | tasks["tuned"],
-        "difference": differences((base.losses, base.matches), (tuned.losses, tuned.matches)),
-        "rows": len(base.losses),
-    }
-    if base.matches and tuned.matches:
-        report["examples"] = examples(rows, config, tokenizer, {"base": base.matches, "tuned": tuned.matches})
-    return report
+    result: EvalResult
+    tasks: dict[str, Any]
+    """``{"tasks": ...}``, or empty."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result's numbers with those of the tasks."""
+        return self.result.as_dict() | self.tasks
 
 
-def evaluate_single(
+def measure(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
@@ -81,12 +47,8 @@ def evaluate_single(
     device: torch.device,
     dtype: torch.dtype,
     progress: EvalProgress | None = None,
-) -> dict[str, Any]:
-    """A model by itself: an exported folder, or a base without an adapter.
-
-    Returns:
-        What :meth:`EvalResult.as_dict` gives, with ``tasks`` and ``examples`` as far as asked for.
-    """
+) -> Measured:
+    """One model on held-out rows, and on the tasks that the config names."""
     result = evaluate(
         model,
         tokenizer,
@@ -98,7 +60,79 @@ def evaluate_single(
         exact_match=config.exact_match.enabled,
         progress=progress,
     )
-    report = result.as_dict() | task_results(model, tokenizer, config, device, dtype)
+    return Measured(result, task_results(model, tokenizer, config, device, dtype))
+
+
+def evaluate_pair(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    *,
+    source: Instructions | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: EvalProgress | None = None,
+) -> dict[str, Any]:
+    """The model with its adapter and without it, on the same rows; the report is :func:`side_by_side`'s."""
+    measured: dict[str, Measured] = {}
+    for name in ("base", "tuned"):
+        of_base = name == "base"
+        # The outer guard: switching an adapter off and on again touches its parameters' requires_grad.
+        with undisturbed(model), model.disable_adapter() if of_base else nullcontext():
+            measured[name] = measure(
+                model,
+                tokenizer,
+                rows,
+                config,
+                source=None if of_base else source,
+                device=device,
+                dtype=dtype,
+                progress=prefixed(progress, name),
+            )
+    return side_by_side(measured["base"], measured["tuned"], rows, config, tokenizer)
+
+
+def side_by_side(
+    base: Measured,
+    tuned: Measured,
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Two models that were measured on the same rows.
+
+    Returns:
+        ``base`` and ``tuned`` (as of :meth:`EvalResult.as_dict`, with ``tasks`` if the config names any),
+        ``difference`` (tuned minus base, paired by row, with 95 % intervals, also by group), ``examples`` (a few
+        answers of both, if exact match was measured) and ``rows``.
+    """
+    first, second = base.result, tuned.result
+    report: dict[str, Any] = {
+        "base": base.as_dict(),
+        "tuned": tuned.as_dict(),
+        "difference": differences((first.losses, first.matches), (second.losses, second.matches)),
+        "rows": len(first.losses),
+    }
+    if first.matches and second.matches:
+        report["examples"] = examples(rows, config, tokenizer, {"base": first.matches, "tuned": second.matches})
+    return report
+
+
+def by_itself(
+    measured: Measured,
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """A model without a base beside it.
+
+    Returns:
+        ``base`` (None), ``tuned`` (as of :meth:`EvalResult.as_dict`, with ``tasks`` if the config names any), ``rows``
+        and ``examples`` (if exact match was measured).
+    """
+    result = measured.result
+    report: dict[str, Any] = {"base": None, "tuned": measured.as_dict(), "rows": len(result.losses)}
     if result.matches:
         report["examples"] = examples(rows, config, tokenizer, {"output": result.matches})
     return report

@@ -8,10 +8,10 @@ from typing import Any
 
 from qmemtune import __version__
 from qmemtune.config.schema import Config
-from qmemtune.models.sources import Source
-from qmemtune.rundir import read_json, write_json
+from qmemtune.models.sources import PACKAGE, Source
+from qmemtune.rundir import EXPORT_MARKER, read_json, write_json
 
-MARKER = "qmemtune.json"
+MARKER = EXPORT_MARKER
 
 
 def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, Any]:
@@ -25,10 +25,18 @@ def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, 
     return {
         "qmemtune": __version__,
         **{key: result[key] for key in kept if key in result},
-        "base": {"source": source.origin, "revision": source.revision},
+        "base": {
+            "source": source.origin,
+            "revision": source.revision,
+            # Such a name alone does not find the model again.
+            "local": source.is_local and not source.origin.startswith(PACKAGE),
+            "compute_dtype": config.model.compute_dtype,
+        },
         "quantization": asdict(config.quantization),
         "adapter": public(asdict(config.adapter)),
-        "data": public(asdict(config.data)),
+        # Only paths are shortened: a template or pattern may begin with a slash, too.
+        "data": asdict(config.data) | {key: public(getattr(config.data, key)) for key in ("path", "eval_path")},
+        "evaluation": asdict(config.evaluation),
         "seed": config.seed,
     }
 

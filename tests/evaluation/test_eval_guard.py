@@ -16,7 +16,7 @@ from qmemtune.data.collate import Collator
 from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import draw_samples, evaluate
 from qmemtune.evaluation.guard import undisturbed
-from qmemtune.evaluation.verb import evaluate_pair, evaluate_single
+from qmemtune.evaluation.verb import by_itself, evaluate_pair, measure
 from qmemtune.models.dequantized import dequantized_on_cpu
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -169,17 +169,17 @@ def test_no_rows_is_an_error(llama, tokenizer):
 def test_a_pair_is_the_model_with_and_without_its_adapter(llama, tokenizer, rows):
     options = config()
     options.exact_match.enabled = True
-    bare = evaluate_single(llama, tokenizer, rows, options, **CPU)
+    bare = by_itself(measure(llama, tokenizer, rows, options, **CPU), rows, options, tokenizer)
     model = tuned(llama).eval()
-    alone = evaluate_single(model, tokenizer, rows, options, **CPU)
+    alone = measure(model, tokenizer, rows, options, **CPU).as_dict()
     news = []
     found = evaluate_pair(model, tokenizer, rows, options, progress=lambda what, *_: news.append(what), **CPU)
-    for ours, expected in ((found["base"], bare), (found["tuned"], alone)):
+    for ours, expected in ((found["base"], bare["tuned"]), (found["tuned"], alone)):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert ours["exact_match"] == expected["exact_match"]
         assert ours["groups"].keys() == {"even", "odd"}
     change = found["difference"]["loss"]
-    assert change["difference"] == pytest.approx(alone["loss"] - bare["loss"], rel=1e-5)
+    assert change["difference"] == pytest.approx(alone["loss"] - bare["tuned"]["loss"], rel=1e-5)
     assert change["low"] <= change["difference"] <= change["high"]
     assert found["difference"]["groups"]["odd"]["loss"]["n"] == 6
     assert found["rows"] == 13

@@ -41,7 +41,8 @@ def test_marker_and_card(make_run) -> None:
     assert marker["format"] == "lora"
     assert marker["exact"] is False
     assert marker["fidelity"] == result["fidelity"]
-    assert marker["base"] == {"source": Path(config.model.path).name, "revision": None}
+    name = Path(config.model.path).name
+    assert marker["base"] == {"source": name, "revision": None, "local": True, "compute_dtype": "float32"}
     assert marker["data"]["path"] == "rows.jsonl"
     assert marker["data"]["eval_fraction"] == 0.3
     assert marker["adapter"]["kind"] == "queryable"

@@ -1,0 +1,169 @@
+"""Measures an exported folder, beside its base where that can be found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qmemtune.config.compose import Composed, compose
+from qmemtune.config.interpolate import escape
+from qmemtune.config.schema import Config, QuantizationConfig
+from qmemtune.data.prepare import prepare_heldout
+from qmemtune.engine.restore import load_adapted
+from qmemtune.errors import UserError
+from qmemtune.evaluation.evaluate import EvalProgress
+from qmemtune.evaluation.verb import Measured, by_itself, evaluate_pair, measure, prefixed, side_by_side
+from qmemtune.export.marker import MARKER, read_marker
+from qmemtune.models.hardware import compute_dtype, pick_device
+from qmemtune.models.loading import load_base, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder with the settings to measure it."""
+
+    path: Path
+    format: str
+    composed: Composed
+    """Base model, quantisation, rows and evaluation: the marker's, with overrides on top."""
+    base: str
+    """The base's name, to show."""
+    base_known: bool
+    """Whether the config names the base: a local one has no place in a marker, and must be given."""
+
+    @property
+    def config(self) -> Config:
+        return self.composed.config
+
+    def overridden(self, key: str) -> bool:
+        """Whether an override, not the marker, set a key."""
+        return self.composed.provenance[key] not in (str(self.path / MARKER), "default")
+
+
+def open_exported(folder: Path, overrides: Sequence[str]) -> Exported:
+    """Read the marker of an exported folder.
+
+    Args:
+        folder: what ``merge-export`` wrote.
+        overrides: as of :func:`~qmemtune.config.compose.compose`; ``model.path`` names the base.
+
+    Raises:
+        UserError: the folder has no usable marker, the overrides are wrong, or an adapter's base must be given.
+    """
+    file = folder / MARKER
+    content = read_marker(folder)
+    if content is None:
+        raise UserError(
+            f"not an exported folder: it holds no {MARKER}",
+            where=str(folder),
+            fix="give a folder that `qmemtune merge-export` wrote, or measure a whole model with model.path=",
+        )
+    try:
+        origin, form = content["base"], content["format"]
+        name, local = origin["source"], origin.get("local", False)
+        # Only these sections: a folder from somebody else must not decide what code runs here.
+        start = {section: content.get(section, {}) for section in ("data", "evaluation", "quantization")}
+        # A local base is in no known place: the folder itself stands in for it until the user names it.
+        start["model"] = {
+            "path": str(folder) if local else name,
+            "revision": origin["revision"],
+            "compute_dtype": origin.get("compute_dtype", "auto"),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"not the marker of an exported folder ({error})", where=str(file)) from error
+    composed = compose(overrides, base=plain_text(start), base_name=str(file))
+    given = composed.provenance["model.path"] != str(file)
+    found = Exported(folder, form, composed, composed.config.model.path if given else name, given or not local)
+    if not found.base_known and form != "merged":
+        raise UserError(
+            f"this adapter's base, {name}, was a local model, whose place is not recorded",
+            where=str(folder),
+            fix=f"name it: qmemtune eval export.path={folder} model.path=FOLDER_OF_{name}",
+        )
+    return found
+
+
+def plain_text(value: Any) -> Any:
+    """Values of a marker such that no text in them is taken for a reference to a key."""
+    if isinstance(value, dict):
+        return {key: plain_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain_text(item) for item in value]
+    return escape(value) if isinstance(value, str) else value
+
+
+def evaluate_exported(
+    exported: Exported, *, say: Callable[[str], None], progress: EvalProgress | None = None
+) -> dict[str, Any]:
+    """Measure an exported folder and its base on the same held-out rows.
+
+    Rows are rendered by the folder's own tokenizer, which is the run's.
+
+    Args:
+        say: told, in one line, why a base is not measured.
+
+    Returns:
+        ``model``, ``format``, ``base_model``, and what :func:`~qmemtune.evaluation.verb.side_by_side` reports; ``base``
+        is None where the base of a merged model cannot be found.
+
+    Raises:
+        UserError: the model, its base as given by the user, or the rows cannot be loaded.
+    """
+    config, folder = exported.config, exported.path
+    config = replace(config, model=replace(config.model, tokenizer=config.model.tokenizer or str(folder)))
+    if exported.format == "merged":
+        report = evaluate_merged(exported, config, say=say, progress=progress)
+    else:
+        live = load_adapted(folder, config)
+        report = evaluate_pair(
+            live.model,
+            live.tokenizer,
+            prepare_heldout(config.data, live.tokenizer).heldout,
+            config.evaluation,
+            source=live.source,
+            device=live.device,
+            dtype=live.dtype,
+            progress=progress,
+        )
+    base_model = exported.base if report["base"] is not None else None
+    return {"model": str(folder), "format": exported.format, "base_model": base_model, **report}
+
+
+def evaluate_merged(
+    exported: Exported, config: Config, *, say: Callable[[str], None], progress: EvalProgress | None
+) -> dict[str, Any]:
+    """A merged model and its base, one after the other: only one of them is in memory.
+
+    The base is quantised as it was in training; the merged weights hold the same values, dequantised.
+    """
+    device = pick_device()
+    dtype = compute_dtype(config.model.compute_dtype, device)
+    tokenizer = load_tokenizer(config.model)
+    rows = prepare_heldout(config.data, tokenizer).heldout
+
+    def measured(config: Config, name: str) -> Measured:
+        model = load_base(config.model, config.quantization, device=device)
+        told = prefixed(progress, name)
+        return measure(model, tokenizer, rows, config.evaluation, device=device, dtype=dtype, progress=told)
+
+    base = None
+    if not exported.base_known:
+        say(
+            f"the base, {exported.base}, was a local model, whose place is not recorded, so it is not measured; "
+            f"name it with export.path={exported.path} model.path=FOLDER_OF_{exported.base}"
+        )
+    else:
+        try:
+            base = measured(config, "base")
+        except UserError as error:
+            if exported.overridden("model.path"):
+                raise
+            say(f"the base is not measured: {error.findings[0]}")
+    quantization = config.quantization if exported.overridden("quantization.kind") else QuantizationConfig()
+    merged = replace(config.model, path=str(exported.path), revision=None)
+    tuned = measured(replace(config, model=merged, quantization=quantization), "tuned")
+    if base is None:
+        return by_itself(tuned, rows, config.evaluation, tokenizer)
+    return side_by_side(base, tuned, rows, config.evaluation, tokenizer)
