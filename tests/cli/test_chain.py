@@ -1,4 +1,4 @@
-"""The chain that users run, through the command line, on a tiny model: train, eval, merge-export, eval of the export."""
+"""The chain that users run, through the command line on a tiny model: train, eval, merge-export, eval of that."""
 
 from __future__ import annotations
 
