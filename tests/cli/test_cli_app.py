@@ -264,7 +264,7 @@ def test_config_prints_yaml_that_composes_again(run, tmp_path):
     result = run("config", "recipe=quickstart", "seed=5")
     (tmp_path / "again.yaml").write_text(result.out)
     assert run("config", "recipe=./again.yaml").out == result.out
-    assert json.loads(run("config", "recipe=quickstart", "--json").out)["trainer"]["max_steps"] == 100
+    assert json.loads(run("config", "recipe=quickstart", "--json").out)["trainer"]["max_steps"] == 110
 
 
 def test_config_without_a_recipe_shows_defaults_and_what_is_missing(run):

@@ -238,7 +238,7 @@ def test_file_that_is_not_text():
 
 def test_an_option_that_the_recipe_overrules_is_warned_about():
     composed = compose([QUICK, "trainer=debug"])
-    assert composed.config.trainer.max_steps == 100
+    assert composed.config.trainer.max_steps == 110
     assert any("trainer=debug sets trainer.max_steps to 5" in line for line in composed.warnings)
 
 
