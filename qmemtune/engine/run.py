@@ -204,6 +204,10 @@ def go(trainer: RunTrainer, materials: Materials, opened: Opened) -> None:
     elif opened.checkpoint.step < trainer.parts.steps.total:
         trainer.train(resume_from_checkpoint=str(opened.checkpoint.path))
     else:
+        trainer.parts.progress.message(
+            f"all {trainer.parts.steps.total} steps are done already: nothing is trained "
+            "(a larger trainer.max_steps or trainer.num_train_epochs goes on)"
+        )
         model = materials.model
         model.load_adapter(str(opened.checkpoint.path), model.active_adapters[0], is_trainable=True)
         trainer.state.global_step = opened.checkpoint.step
