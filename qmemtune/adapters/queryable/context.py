@@ -92,6 +92,23 @@ class ContextHolder(threading.local):
         context, self.current = self.current, None
         return context
 
+    def pass_of(self, name: str) -> AdapterPass:
+        """The state of adapter ``name`` in the current forward pass; made on first use.
+
+        Raises:
+            RuntimeError: no forward pass is open.
+        """
+        if self.current is None:
+            raise RuntimeError(
+                "a layer with a queryable memory was called outside its model's forward pass, or recomputed by a "
+                "checkpoint function that is not the model's own: call the model, and switch checkpointing on with "
+                "model.gradient_checkpointing_enable({'use_reentrant': False})"
+            )
+        state = self.current.passes.get(name)
+        if state is None:
+            state = self.current.passes[name] = AdapterPass()
+        return state
+
     @contextmanager
     def entered(self, context: ForwardContext | None, recomputing: bool) -> Iterator[None]:
         """Make ``context`` current for a while."""

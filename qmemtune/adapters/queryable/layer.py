@@ -112,7 +112,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
     def operator(self, name: str, z: Tensor) -> Tensor:
         """The routed update of this layer's block, formed here if this layer runs first, (..., R, R)."""
         memory, block = self.memory, self.block[name]
-        state = memory.pass_of(name)
+        state = memory.holder.pass_of(name)
         context = memory.holder.current
         assert context is not None
         owner = state.owners.setdefault(block, id(self))

@@ -19,12 +19,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
-from qmemtune.adapters.queryable.context import (
-    AdapterPass,
-    BoundCheckpoint,
-    ContextHolder,
-    ForwardContext,
-)
+from qmemtune.adapters.queryable.context import AdapterPass, BoundCheckpoint, ContextHolder, ForwardContext
 from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, rows_of
 from qmemtune.adapters.queryable.routing import (
     attend,
@@ -163,24 +158,6 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself: an ``nn.Sequential`` calls all its submodules, this one too."""
         return x
-
-    def pass_of(self, name: str) -> AdapterPass:
-        """The state of adapter ``name`` in the current forward pass; made on first use.
-
-        Raises:
-            RuntimeError: no forward pass is open.
-        """
-        context = self.holder.current
-        if context is None:
-            raise RuntimeError(
-                "a layer with a queryable memory was called outside its model's forward pass, or recomputed by a "
-                "checkpoint function that is not the model's own: call the model, and switch checkpointing on with "
-                "model.gradient_checkpointing_enable({'use_reentrant': False})"
-            )
-        state = context.passes.get(name)
-        if state is None:
-            state = context.passes[name] = AdapterPass()
-        return state
 
     # --- routing ------------------------------------------------------------------------------------------------
 
