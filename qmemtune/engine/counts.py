@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmemtune.engine.loss import count_targets
+from qmemtune.data.targets import count_targets
 
 
 def instructed_tokens(batch: Mapping[str, Any]) -> Tensor:

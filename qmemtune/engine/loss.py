@@ -17,21 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
+from qmemtune.data.rows import IGNORED
+from qmemtune.data.targets import shifted_targets
+from qmemtune.models.head import decoder_of, find_transform
+
 CHUNK = 1024
 """Labelled positions whose logits exist at one time."""
-
-Transform = Callable[[Tensor], Tensor]
-
-
-def shifted_targets(labels: Tensor) -> Tensor:
-    """Labels (B, T) one place to the left: position t holds the token to be predicted there, the last none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def count_targets(labels: Tensor) -> Tensor:
-    """Positions in the loss: labels (B, T) that are not ignored, the first of a row left out. Scalar int64."""
-    return (labels[:, 1:] != IGNORED).sum()
 
 
 def summed_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -142,55 +133,3 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         del module.__dict__["forward"]
         if earlier is not None:
             module.__dict__["forward"] = earlier
-
-
-def decoder_of(lm: nn.Module) -> nn.Module:
-    """The module that turns token ids into the hidden states that the output head reads."""
-    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None  # type: ignore[operator]
-    return lm.base_model if decoder is None or decoder is lm else decoder  # type: ignore[return-value]
-
-
-def transform_candidates(lm: nn.Module) -> list[Transform]:
-    """What models are known to do to the head's output: nothing, a soft cap (Gemma 2), a factor (Cohere, Granite)."""
-    text_config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config  # type: ignore[operator]
-    candidates: list[Transform] = [lambda logits: logits]
-    cap = getattr(text_config, "final_logit_softcapping", None)
-    if cap:
-        candidates.append(lambda logits: torch.tanh(logits / cap) * cap)
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        factor = getattr(text_config, name, None)
-        if isinstance(factor, int | float) and factor not in (0, 1):
-            candidates.append(lambda logits, factor=factor: logits * factor)  # type: ignore[misc]
-            candidates.append(lambda logits, factor=factor: logits / factor)  # type: ignore[misc]
-    return candidates
-
-
-@torch.no_grad()
-def find_transform(lm: nn.Module) -> Transform | None:
-    """The candidate that gives the model's own logits on a few tokens, or None when none does.
-
-    The model is tried rather than trusted: a family that scales its logits in a new way must not train on other
-    logits than it will be used with. Mode and random state are left as they were.
-    """
-    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None  # type: ignore[operator]
-    if head is None:
-        return None
-    device = next(lm.parameters()).device
-    modes = [(module, module.training) for module in lm.modules()]
-    tokens = torch.arange(1, 5, device=device)[None]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-    try:
-        lm.eval()
-        expected = lm(**inputs).logits.float()
-        raw = head(decoder_of(lm)(**inputs)[0])
-        for candidate in transform_candidates(lm):
-            found = candidate(raw).float()
-            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-                return candidate
-    except (TypeError, AttributeError, IndexError, KeyError):
-        # A decoder with another signature or output: the model's own forward still works.
-        return None
-    finally:
-        for module, training in modes:
-            module.training = training
-    return None

@@ -15,7 +15,7 @@ from qmemtune.config.schema import Config
 from qmemtune.data.render import render_prompt
 from qmemtune.evaluation.decode import decode_answer, end_tokens, start_token
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
-from qmemtune.evaluation.guard import keep_4bit_layout
+from qmemtune.models.bitsandbytes import keep_4bit_trainable
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
 
@@ -92,7 +92,7 @@ def stream_ids(
     seed: int | None = None,
 ) -> Iterator[str]:
     """The same from token ids. A piece ends where a character ends, never inside its bytes."""
-    keep_4bit_layout(model)
+    keep_4bit_trainable(model)
     ends = end_tokens(model, tokenizer)
     generated: list[int] = []
     told = ""

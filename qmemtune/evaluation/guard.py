@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from qmemtune.models.bitsandbytes import keep_4bit_trainable
+
 REMEMBERED = ("config", "generation_config")
 """Attributes of modules that generation may replace."""
 
@@ -22,7 +24,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Restored: the mode of every module (a frozen part may have been in eval mode while the rest trained), every
     parameter's ``requires_grad`` (switching an adapter off and on resets it), ``use_cache`` of every config, the
     modules' generation configs, and the random states of Python, NumPy and torch. 4-bit weights on the CPU are
-    kept from being repacked (see :func:`keep_4bit_layout`).
+    kept from being repacked (see :func:`~qmemtune.models.bitsandbytes.keep_4bit_trainable`).
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -32,7 +34,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     caching = [(config, config.use_cache) for config in configs_of(modules)]
     random_states = get_random_states()
-    keep_4bit_layout(model)
+    keep_4bit_trainable(model)
     model.eval()
     try:
         yield
@@ -46,17 +48,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         for module, training in modes:
             module.training = training
-
-
-def keep_4bit_layout(model: nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights in the first eval-mode forward on a CPU with AVX512-BF16.
-
-    The packed product has no gradient and ``train()`` does not undo it: after it, lower layers would be trained
-    on wrong gradients and a merge would return garbage. The flag is set for good; it only costs speed.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def configs_of(modules: list[nn.Module]) -> list[Any]:

@@ -18,12 +18,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from qmemtune.data.rows import IGNORED
+from qmemtune.data.targets import shifted_targets
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward
+from qmemtune.models.head import Transform, matching_transform, output_head
 
 CHUNK_ELEMENTS = 2**24
 """Most fp32 logits held at once: 64 MiB."""
 PROBE_POSITIONS = 2
-IGNORED = -100
 
 
 @dataclass
@@ -40,6 +42,8 @@ class LabelledLogits:
     _states: torch.Tensor
     """(N, D) inputs of the head, or (N, V) logits if there is no head to apply."""
     _head: nn.Module | None
+    _transform: Transform | None
+    """What the model does to the head's output."""
     _autocast: Autocast
 
     def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -50,6 +54,7 @@ class LabelledLogits:
             with torch.no_grad(), self._autocast():
                 states = self._states[part]
                 logits = states if self._head is None else self._head(states[None])[0]
+                logits = logits if self._transform is None else self._transform(logits)
             yield part, logits.float()
 
     def _chunk_size(self) -> int:
@@ -60,10 +65,10 @@ class LabelledLogits:
 class LabelReader:
     """Reads a model's logits at labelled positions, batch by batch.
 
-    Whether the model applies something after its head (soft-capping, a logit scale) is found by comparing, not by a
-    list of architectures: the model's own logits at two positions against the bare head's. If they differ, the
-    model itself is run on all labelled positions; if it does not bring those back either, on all positions. What
-    was found holds for the following batches.
+    What the model does after its head (soft-capping, a logit scale) is found by comparing, not by a list of
+    architectures: the model's own logits at two positions against the head's. If nothing known makes the one of the
+    other, the model itself is run on all labelled positions; if it does not bring those back either, on all
+    positions. What was found holds for the following batches.
 
     Args:
         model: a causal language model, with or without a PEFT adapter.
@@ -78,7 +83,7 @@ class LabelReader:
         self.source = source
         self.autocast = autocast
         self._head = find_head(model)
-        self._mode = "all positions" if self._head is None else "bare head"
+        self._mode = "all positions" if self._head is None else "head"
 
     def read(self, batch: Mapping[str, Any]) -> LabelledLogits:
         """Run the model on a batch.
@@ -87,26 +92,26 @@ class LabelReader:
             batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), labels -100 where there is none, and
                 optionally ``instruction``, a text per row.
         """
-        labels = batch["labels"][:, 1:]
-        labelled = labels != IGNORED
-        row, target = labelled.nonzero()[:, 0], labels[labelled]
+        targets = shifted_targets(batch["labels"])
+        labelled = targets != IGNORED
+        row, target = labelled.nonzero()[:, 0], targets[labelled]
         if len(target) == 0:
-            return LabelledLogits(row, target, torch.zeros(0, 1), None, self.autocast)
-        if self._mode == "bare head":
-            states = self._bare_head(batch, labelled)
-            if states is not None:
-                return LabelledLogits(row, target, states, self._head, self.autocast)
+            return LabelledLogits(row, target, torch.zeros(0, 1), None, None, self.autocast)
+        if self._mode == "head":
+            found = self._through_head(batch, labelled)
+            if found is not None:
+                return LabelledLogits(row, target, found[0], self._head, found[1], self.autocast)
             self._mode = "labelled positions"
         if self._mode == "labelled positions":
             logits = self._through_model(batch, labelled)
             if logits is not None:
-                return LabelledLogits(row, target, logits, None, self.autocast)
+                return LabelledLogits(row, target, logits, None, None, self.autocast)
             self._mode = "all positions"
-        logits = self._forward(batch)[:, :-1][labelled]
-        return LabelledLogits(row, target, logits, None, self.autocast)
+        logits = self._forward(batch)[labelled]
+        return LabelledLogits(row, target, logits, None, None, self.autocast)
 
-    def _bare_head(self, batch: Mapping[str, Any], labelled: torch.Tensor) -> torch.Tensor | None:
-        """(N, D) head inputs; None if the model's logits are not simply the head's output."""
+    def _through_head(self, batch: Mapping[str, Any], labelled: torch.Tensor) -> tuple[torch.Tensor, Transform] | None:
+        """(N, D) head inputs, and what makes the model's logits of the head's output; None if that is not known."""
         assert self._head is not None
         with _HeadTap(self._head, labelled, PROBE_POSITIONS) as tap:
             logits = self._forward(batch)
@@ -115,8 +120,8 @@ class LabelReader:
             return None
         with torch.no_grad(), self.autocast():
             bare = self._head(states[None, :PROBE_POSITIONS])
-        same = logits.shape == bare.shape and torch.equal(logits.float(), bare.float())
-        return states if same else None
+            transform = matching_transform(self.model, bare, logits)
+        return None if transform is None else (states, transform)
 
     def _through_model(self, batch: Mapping[str, Any], labelled: torch.Tensor) -> torch.Tensor | None:
         """(N, V) logits that the model itself makes of the labelled positions; None if it cannot."""
@@ -140,7 +145,7 @@ class _HeadTap:
 
     Args:
         head: the output head.
-        labelled: (B, T-1) True where the *next* token has a label.
+        labelled: (B, T) True where the *next* token has a label.
         first: hand on so many positions; None: all N.
     """
 
@@ -156,11 +161,10 @@ class _HeadTap:
         self._handle.remove()
 
     def _select(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        rows, length = self.labelled.shape
         hidden = args[0] if args else None
-        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (rows, length + 1):
+        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[:2] != self.labelled.shape:
             return None
-        self.states = hidden[:, :-1][self.labelled.to(hidden.device)]
+        self.states = hidden[self.labelled.to(hidden.device)]
         return (self.states[None, : self.first], *args[1:])
 
 
@@ -169,11 +173,8 @@ def find_head(model: nn.Module) -> nn.Module | None:
 
     An adapted head cannot: its adapter may hold something per token of the batch.
     """
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    if not isinstance(head, nn.Module) or isinstance(head, BaseTunerLayer):
-        return None
-    return head
+    head = output_head(model)
+    return None if isinstance(head, BaseTunerLayer) else head
 
 
 def head_width(head: nn.Module) -> int:

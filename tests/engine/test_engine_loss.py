@@ -15,8 +15,9 @@ from transformers import (
     LlamaConfig,
 )
 
+from qmemtune.data.targets import count_targets
 from qmemtune.engine import loss as loss_module
-from qmemtune.engine.loss import LabelledLoss, count_targets
+from qmemtune.engine.loss import LabelledLoss
 
 SMALL = {
     "vocab_size": 96,

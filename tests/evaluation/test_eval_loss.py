@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from qmemtune.data.collate import Collator
 from qmemtune.evaluation import labelled
 from qmemtune.evaluation.loss import label_logprobs, row_losses
+from qmemtune.models import head
 
 
 def own_losses(model, rows):
@@ -61,9 +62,19 @@ def test_the_head_sees_labelled_positions_only(llama, rows):
     assert sum(seen) == sum(row.tokens for row in found) + 4
 
 
-def test_soft_capping_is_noticed(gemma2, rows):
+def test_soft_capping_is_noticed(gemma2, rows, monkeypatch):
     reader = labelled.LabelReader(gemma2)
-    reader.read(Collator(0)(rows))
+    batch = Collator(0)(rows)
+    found = torch.cat([chunk for _, chunk in reader.read(batch).chunks()])
+    with torch.no_grad():
+        own = gemma2(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(found, own[:, :-1][batch["labels"][:, 1:] != -100], rtol=1e-5, atol=1e-6)
+    assert reader._mode == "head"
+    # Had the configuration not told of it, the model itself would do what comes after its head.
+    monkeypatch.setattr(head, "transform_candidates", lambda lm: [lambda logits: logits])
+    reader = labelled.LabelReader(gemma2)
+    again = torch.cat([chunk for _, chunk in reader.read(batch).chunks()])
+    torch.testing.assert_close(again, found, rtol=1e-5, atol=1e-6)
     assert reader._mode == "labelled positions"
 
 
