@@ -67,6 +67,16 @@ class RunDir:
         return self.path / "eval.json"
 
     @property
+    def inspection(self) -> Path:
+        """What ``inspect`` reports, JSON."""
+        return self.path / "inspect.json"
+
+    @property
+    def inspection_picture(self) -> Path:
+        """The same as a picture, PNG."""
+        return self.path / "inspect.png"
+
+    @property
     def export(self) -> Path:
         """Default parent of exported folders, ``export/<format>``."""
         return self.path / "export"

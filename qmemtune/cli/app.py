@@ -13,6 +13,7 @@ import qmemtune
 from qmemtune.cli.config import config
 from qmemtune.cli.evaluate import evaluate
 from qmemtune.cli.generate import generate
+from qmemtune.cli.inspect import inspect
 from qmemtune.cli.merge_export import merge_export
 from qmemtune.cli.recipes import recipes
 from qmemtune.cli.train import train
@@ -31,6 +32,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("merge-export")(merge_export)
 app.command("generate")(generate)
+app.command("inspect")(inspect)
 app.command("recipes")(recipes)
 app.command("config")(config)
 

@@ -41,6 +41,7 @@ AT_LEAST_ONE = (
     "trainer.per_device_train_batch_size",
     "trainer.gradient_accumulation_steps",
     "trainer.logging_steps",
+    "trainer.route_stats_steps",
     "trainer.save_steps",
     "trainer.save_total_limit",
     "trainer.early_stopping_patience",

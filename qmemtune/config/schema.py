@@ -138,6 +138,9 @@ class TrainerConfig:
     """Put rows of like length into one batch, so that little is padded."""
     logging_steps: int = 10
     """Log every so many optimizer steps."""
+    route_stats_steps: int | None = 20
+    """Queryable memory only: log how the router uses its atoms every so many optimizer steps, and warn when it has
+    collapsed; never if null."""
     save_steps: int | None = None
     """Save a checkpoint every so many optimizer steps; if not set, at the end only (and when interrupted)."""
     save_total_limit: int | None = 2

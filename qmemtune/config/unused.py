@@ -79,6 +79,8 @@ def _training(c: Config) -> dict[str, str]:
     reasons = {}
     if not c.trainer.gradient_checkpointing:
         reasons["trainer.gradient_checkpointing_use_reentrant"] = "trainer.gradient_checkpointing is off"
+    if not isinstance(c.adapter, QueryableConfig):
+        reasons["trainer.route_stats_steps"] = f"a {c.adapter.kind} adapter has no routes"
     if c.trainer.max_steps is not None:
         reasons["trainer.num_train_epochs"] = f"trainer.max_steps = {c.trainer.max_steps} ends the run"
     if c.optimizer.name in ("adafactor", "sgd"):

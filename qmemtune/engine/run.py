@@ -244,6 +244,7 @@ def summarise(trainer: RunTrainer, materials: Materials, run: RunDir) -> dict[st
             "total_s": round(seconds_since_start(), 3),
             "peak_rss_mib": round(peak_rss_mib(), 1),
             "stopped_early": trainer.stopped_early,
+            "router_collapsed_at_step": trainer.router.collapsed_at_step,
             "best_step": trainer.parts.best.step,
             "best_loss": trainer.parts.best.loss,
             "final_step": trainer.final_step,

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from qmemtune.adapters import auxiliary_loss, parameter_groups
+from qmemtune.adapters.queryable.statistics import RouteUse
 from qmemtune.engine import checkpoints
 from qmemtune.engine.counts import instructed_tokens, step_counts
 from qmemtune.engine.environment import seconds_since_start
@@ -21,6 +22,7 @@ from qmemtune.engine.heldout import Abandoned
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.parts import Parts as Parts
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
+from qmemtune.engine.router_watch import RouterWatch, logged, scalars
 from qmemtune.engine.totals import Stopwatch
 from qmemtune.errors import RunFailed
 from qmemtune.models.dequantized import dequantized_on_cpu
@@ -56,6 +58,7 @@ class RunTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
         with parts.source.context([""]):
             self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
+        self.router = RouterWatch(model, parts.config)
         self._stopwatch = Stopwatch()
         # Cross-entropy, and all that is trained on (with the adapter's own term).
         self._step_losses = torch.zeros(2, device=args.device)
@@ -94,6 +97,7 @@ class RunTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of one optimizer step, and the labelled tokens in them over all processes."""
         self._stopwatch.start()
+        self.router.begin(self.state.global_step + 1)
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -148,14 +152,26 @@ class RunTrainer(Trainer):
             )
 
     def end_step(self) -> None:
+        use = self.router.end(self.args.device, lambda table: self.accelerator.reduce(table, "sum"))
         seconds = self._stopwatch.seconds
         if self.first_step_done_s is None:
             self.first_step_done_s = round(seconds_since_start(), 3)
         self.parts.totals.add(self._loss, int(self._step_tokens[1].item()), seconds)
         self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
+        if use is not None:
+            self._log_routes(use)
         # Asked once a step, in every process at the same place: a signal reaches them at different times.
         asked = torch.tensor(float(bool(self.parts.stop)), device=self.args.device)
         self._stopping = self.accelerator.reduce(asked, "sum").item() > 0
+
+    def _log_routes(self, use: RouteUse) -> None:
+        step = self.state.global_step
+        self.log(scalars(use))
+        self.parts.metrics.write({"event": "routes", "step": step, **logged(use)})
+        warning = self.router.warning(step, use)
+        if warning is not None:
+            self.parts.metrics.write({"event": "warning", "step": step, "message": warning})
+            self.parts.progress.message(warning)
 
     def stop_requested(self) -> bool:
         return self._stopping

@@ -1,0 +1,1 @@
+"""Run folders made readable: tables and pictures. Imports no torch."""
