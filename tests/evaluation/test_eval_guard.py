@@ -17,6 +17,7 @@ from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import draw_samples, evaluate
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.verb import by_itself, evaluate_pair, measure
+from qmemtune.models.bitsandbytes import keep_4bit_trainable
 from qmemtune.models.dequantized import dequantized_on_cpu
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -129,6 +130,7 @@ def test_4bit_weights_are_not_repacked(llama, tokenizer, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantised_copies_give_the_same_bits(llama, rows, dtype):
     model = to_4bit(llama).eval()
+    keep_4bit_trainable(model)
     batch = {"input_ids": torch.tensor([rows[0]["input_ids"]])}
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         live = model(**batch).logits

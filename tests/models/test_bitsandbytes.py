@@ -56,7 +56,8 @@ def test_double_quantisation_is_an_option(model_folder: Callable[[str], Path]) -
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_dequantising_leaves_the_layer_as_it_is(model_folder: Callable[[str], Path], kind: str) -> None:
-    model = load_base(ModelConfig(path=str(model_folder("llama"))), QuantizationConfig(kind=kind))
+    config = ModelConfig(path=str(model_folder("llama")), compute_dtype="float32")
+    model = load_base(config, QuantizationConfig(kind=kind))
     layer = model.model.layers[0].mlp.up_proj
     assert is_quantised(layer)
     assert not is_quantised(model.lm_head)

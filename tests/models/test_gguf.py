@@ -84,7 +84,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_converted_once_with_tokenizer_and_template(
     tiny_gguf: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = ModelConfig(path=str(tiny_gguf))
+    config = ModelConfig(path=str(tiny_gguf), compute_dtype="float32")
     with caplog.at_level(logging.WARNING, "qmemtune"):
         model = load_base(config, QuantizationConfig())
         assert caplog.text.count("converting") == 1

@@ -14,15 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, dtype, nn
 
 
 @dataclass
 class AdapterPass:
     """The state of one adapter in one forward pass. ``...`` are the leading dimensions of the layer's input."""
 
-    operators: dict[int, Tensor] = field(default_factory=dict)
-    """Block -> routed update ``sum_m w_m Delta_m``, (..., R, R)."""
+    routed: dict[int, Tensor] = field(default_factory=dict)
+    """Block -> routed operator ``C = I + sum_m w_m Delta_m``, (..., R, R), float32."""
+    cast: dict[tuple[int, dtype], Tensor] = field(default_factory=dict)
+    """Routed operators in other data types, for passes without gradients."""
     owners: dict[int, int] = field(default_factory=dict)
     """Block -> id of the layer that formed its route."""
     states: list[Tensor] = field(default_factory=list)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from qmemtune.adapters.queryable.apply import apply_operator
+from qmemtune.adapters.queryable.apply import add_update
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.memory import NOT_MERGEABLE, QueryableMemory
 
@@ -94,23 +95,24 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
             return result
         for name in self.active_adapters:
             if name in self.queryable_A:
-                result = result + self.update(name, x).to(result.dtype)
+                result = self.updated(result, name, x)
         return result
 
-    def update(self, name: str, x: Tensor) -> Tensor:
-        """The adapter's part of the output, (..., out_features)."""
+    def updated(self, result: Tensor, name: str, x: Tensor) -> Tensor:
+        """``result`` with the adapter's part, (..., out_features); ``result`` itself may be changed.
+
+        Args:
+            result: output of the base layer for ``x``.
+        """
         lora_a, lora_b = self.queryable_A[name], self.queryable_B[name]
         dropout = self.dropout[name]
         if dropout and self.training:
             x = F.dropout(x, dropout)
         z: Tensor = lora_a(self._cast_input_dtype(x, lora_a.weight.dtype))
-        operator = self.operator(name, z).to(z)
-        # Scaled in the bottleneck, where it costs R products a token instead of out_features.
-        update: Tensor = lora_b(apply_operator(z, operator) * self.scaling[name])
-        return update
+        return add_update(result, z, self.routed(name, z), lora_b.weight, self.scaling[name])
 
-    def operator(self, name: str, z: Tensor) -> Tensor:
-        """The routed update of this layer's block, formed here if this layer runs first, (..., R, R)."""
+    def routed(self, name: str, z: Tensor) -> Tensor:
+        """The routed operator of this layer's block, formed here if this layer runs first, (..., R, R)."""
         memory, block = self.memory, self.block[name]
         state = memory.holder.pass_of(name)
         context = memory.holder.current
@@ -118,17 +120,23 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         owner = state.owners.setdefault(block, id(self))
         # When a checkpointed layer is computed again, autograd expects the same tensors to be saved in the same order:
         # the layer that formed the route forms it again, the others take the one of their forward pass.
-        if block not in state.operators or (memory.holder.recomputing and owner == id(self)):
-            return memory.route(name, block, z, context, state)
-        operator = state.operators[block]
-        if operator.shape[:-2] == z.shape[:-1]:
-            return operator
-        if 2 in (z.dim(), operator.dim() - 1) and operator.shape[:-2].numel() == z.shape[:-1].numel():
+        if block not in state.routed or (memory.holder.recomputing and owner == id(self)):
+            routed = memory.route(name, block, z, context, state)
+        else:
+            routed = state.routed[block]
+        if z.dtype != routed.dtype and not torch.is_grad_enabled():
+            # Without a backward pass the product may run in the type of its input, which saves two casts a layer.
+            if (block, z.dtype) not in state.cast:
+                state.cast[block, z.dtype] = routed.to(z.dtype)
+            routed = state.cast[block, z.dtype]
+        if routed.shape[:-2] == z.shape[:-1]:
+            return routed
+        if 2 in (z.dim(), routed.dim() - 1) and routed.shape[:-2].numel() == z.shape[:-1].numel():
             # Some layers flatten batch and tokens (a mixture's gate): the tokens and their order are the same.
-            return operator.reshape(*z.shape[:-1], *operator.shape[-2:])
+            return routed.reshape(*z.shape[:-1], *routed.shape[-2:])
         raise RuntimeError(
             f"a layer of {self.in_features} inputs sees tokens of shape {tuple(z.shape[:-1])}, but its block's route "
-            f"was formed for {tuple(operator.shape[:-2])}: leave it out with exclude_modules"
+            f"was formed for {tuple(routed.shape[:-2])}: leave it out with exclude_modules"
         )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -20,13 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.context import AdapterPass, BoundCheckpoint, ContextHolder, ForwardContext
+from qmemtune.adapters.queryable.devices import float32, no_autocast
 from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, rows_of
 from qmemtune.adapters.queryable.routing import (
     attend,
-    float32,
-    no_autocast,
     normed_state,
     rms_norm,
+    routed_operator,
     stack_states,
     top_k_softmax,
 )
@@ -162,7 +162,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
     # --- routing ------------------------------------------------------------------------------------------------
 
     def route(self, name: str, block: int, z: Tensor, context: ForwardContext, state: AdapterPass) -> Tensor:
-        """Form the route of a block and the routed update of its tokens.
+        """Form the route of a block and the routed operator of its tokens.
 
         Args:
             name: adapter.
@@ -170,7 +170,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
             z: low-rank state of the block's first layer, (..., R), any float type; routing computes in float32.
 
         Returns:
-            ``sum_m w_m Delta_m``, (..., R, R), float32.
+            ``C = I + sum_m w_m Delta_m``, (..., R, R), float32.
         """
         config = self.configs[name]
         recording = not self.holder.recomputing
@@ -195,19 +195,18 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                         state.divergences.append(divergence)
                 logits = logits + config.instruction_prior * prior
             weights = top_k_softmax(logits, config.top_k)
-            core = float32(self.queryable_core[name], z)
-            operator = (weights @ core.flatten(1)).unflatten(-1, core.shape[1:])
+            routed = routed_operator(weights, float32(self.queryable_core[name], z))
             summary = None
             if name in self.queryable_summary and block < self.num_blocks(name) - 1:
-                routed = normed_state(z.float(), operator)
-                summary = F.linear(routed, float32(self.queryable_summary[name], z))
+                normed = normed_state(z.float(), routed)
+                summary = F.linear(normed, float32(self.queryable_summary[name], z))
         if recording:
-            state.operators[block] = operator
+            state.routed[block] = routed
             if summary is not None:
                 state.states.append(summary)
             if self.observer is not None:
                 self.observer(name, block, weights.detach(), context.token_mask)
-        return operator
+        return routed
 
     # --- instruction prior --------------------------------------------------------------------------------------
 

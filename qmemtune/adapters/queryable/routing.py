@@ -6,25 +6,11 @@ Tensor letters: R rank, M atoms, K key width, J earlier blocks; ``...`` are the 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qmemtune.adapters.queryable.apply import apply_operator
-
-
-def float32(parameter: Tensor, like: Tensor) -> Tensor:
-    """The parameter in float32 where ``like`` is: a model may be spread over several devices."""
-    return parameter.to(device=like.device, dtype=torch.float32)
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switches autocast off, on devices that know it (meta tensors do not)."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def stack_states(states: list[Tensor], query: Tensor) -> Tensor:
@@ -46,9 +32,17 @@ def rms_norm(z: Tensor) -> Tensor:
     return z * torch.rsqrt(z.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
-def normed_state(z: Tensor, operator: Tensor) -> Tensor:
-    """``h = rmsnorm(C z)`` with ``C = I + operator``. Shapes: z (..., R), operator (..., R, R)."""
-    return rms_norm(apply_operator(z, operator))
+def normed_state(z: Tensor, routed: Tensor) -> Tensor:
+    """``h = rmsnorm(C z)``. Shapes: z (..., R), routed operator C (..., R, R)."""
+    return rms_norm(apply_operator(z, routed))
+
+
+def routed_operator(weights: Tensor, core: Tensor) -> Tensor:
+    """``C = I + sum_m w_m Delta_m``. Shapes: weights (..., M), core (M, R, R); result (..., R, R)."""
+    update = (weights @ core.flatten(1)).unflatten(-1, core.shape[1:])
+    # In place on a fresh tensor: adding a whole identity would walk over all of it once more.
+    update.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return update
 
 
 def attend(query: Tensor, states: Tensor) -> Tensor:

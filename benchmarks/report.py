@@ -1,0 +1,69 @@
+"""What every benchmark needs to report: the machine, a table, and its section in benchmarks/README.md."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).with_name("README.md")
+
+
+def machine() -> str:
+    """One line: processor or GPU, cores, memory, versions."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        features = [name for name in ("amx_bf16", "avx512_bf16", "avx512", "avx2") if has_feature(name)]
+        device = f"{processor()}, {os.cpu_count()} cores, {features[0] if features else 'no AVX'}"
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{device}, {gib:.0f} GiB, Python {platform.python_version()}, {packages}"
+
+
+def has_feature(name: str) -> bool:
+    """Whether torch knows the processor to have a feature."""
+    return bool(torch.cpu.get_capabilities().get(name, False))
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.machine()
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median with quartiles, ``1.020 (1.011 to 1.034)``; with fewer than four values, the smallest and largest."""
+    low, high = min(values), max(values)
+    if len(values) > 3:
+        low, _, high = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write_section(name: str, text: str) -> None:
+    """Put ``text`` between the markers of section ``name`` in benchmarks/README.md, at the end if there are none."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    section = f"{start}\n{text.strip()}\n\nMachine: {machine()}, {datetime.date.today().isoformat()}.\n{end}"
+    old = README.read_text(encoding="utf-8") if README.exists() else "# Benchmarks\n"
+    if start in old:
+        before, _, rest = old.partition(start)
+        new = before + section + rest.partition(end)[2]
+    else:
+        new = old.rstrip() + "\n\n" + section + "\n"
+    README.write_text(new, encoding="utf-8")
