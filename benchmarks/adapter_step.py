@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,21 +188,12 @@ def main() -> None:
         print(json.dumps(measure_memory(args)))
         return
 
-    steps, decoding = [], []
+    steps: list[list[str]] = []
+    decoding: list[list[str]] = []
     for quantization in args.quantization:
-        base = "bf16" if quantization == "none" else quantization
-        lora, memory = (Contestant(kind, args, quantization) for kind in KINDS)
-        with dequantized_on_cpu(lora.model), dequantized_on_cpu(memory.model):
-            for text in args.batch:
-                shape = sizes(text)
-                pairs = interleaved(lambda: lora.step(*shape), lambda: memory.step(*shape), args.pairs)
-                steps.append([base, text, *cells(pairs)])
-            for rows in args.decode_rows:
-                tokens = args.decode_tokens
-                pairs = interleaved(lambda: lora.decode(rows, tokens), lambda: memory.decode(rows, tokens), args.pairs)
-                rates = [(rows * tokens / a, rows * tokens / b) for a, b in pairs]
-                decoding.append([base, rows, *cells(rates, digits=1)])
-        del lora, memory
+        contestants = [Contestant(kind, args, quantization) for kind in KINDS]
+        compare(contestants, "bf16" if quantization == "none" else quantization, args, steps, decoding)
+        del contestants
         gc.collect()
     if not args.no_memory:
         for line, (quantization, text) in zip(
@@ -227,6 +219,27 @@ def main() -> None:
     print(text)
     if args.write:
         write_section(f"adapter_step {name}{' compiled' if args.compile else ''}", text)
+
+
+def compare(
+    contestants: list[Contestant],
+    base: str,
+    args: argparse.Namespace,
+    steps: list[list[str]],
+    decoding: list[list[str]],
+) -> None:
+    """Add one base's lines to both tables."""
+    lora, memory = contestants
+    with dequantized_on_cpu(lora.model), dequantized_on_cpu(memory.model):
+        for text in args.batch:
+            shape = sizes(text)
+            pairs = interleaved(partial(lora.step, *shape), partial(memory.step, *shape), args.pairs)
+            steps.append([base, text, *cells(pairs)])
+        for rows in args.decode_rows:
+            asked = rows, args.decode_tokens
+            pairs = interleaved(partial(lora.decode, *asked), partial(memory.decode, *asked), args.pairs)
+            tokens = rows * args.decode_tokens
+            decoding.append([base, str(rows), *cells([(tokens / a, tokens / b) for a, b in pairs], digits=1)])
 
 
 def cells(pairs: list[tuple[float, float]], digits: int = 3) -> list[str]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, dtype, nn
+from torch import Tensor, nn
 
 
 @dataclass
@@ -23,8 +23,8 @@ class AdapterPass:
 
     routed: dict[int, Tensor] = field(default_factory=dict)
     """Block -> routed operator ``C = I + sum_m w_m Delta_m``, (..., R, R), float32."""
-    cast: dict[tuple[int, dtype], Tensor] = field(default_factory=dict)
-    """Routed operators in other data types, for passes without gradients."""
+    cast: dict[int, Tensor] = field(default_factory=dict)
+    """Block -> the same in the layers' data type, for passes without gradients."""
     owners: dict[int, int] = field(default_factory=dict)
     """Block -> id of the layer that formed its route."""
     states: list[Tensor] = field(default_factory=list)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from qmemtune.adapters.queryable.apply import add_update
+from qmemtune.adapters.queryable.apply import add_update, add_update_without_gradient
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.memory import NOT_MERGEABLE, QueryableMemory
 
@@ -104,12 +104,15 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         Args:
             result: output of the base layer for ``x``.
         """
-        lora_a, lora_b = self.queryable_A[name], self.queryable_B[name]
+        weight_a, weight_b = self.queryable_A[name].weight, self.queryable_B[name].weight
         dropout = self.dropout[name]
         if dropout and self.training:
             x = F.dropout(x, dropout)
-        z: Tensor = lora_a(self._cast_input_dtype(x, lora_a.weight.dtype))
-        return add_update(result, z, self.routed(name, z), lora_b.weight, self.scaling[name])
+        z = F.linear(x if x.dtype == weight_a.dtype else self._cast_input_dtype(x, weight_a.dtype), weight_a)
+        routed = self.routed(name, z)
+        if torch.is_grad_enabled():
+            return add_update(result, z, routed, weight_b, self.scaling[name])
+        return add_update_without_gradient(result, z, routed, weight_b, self.scaling[name])
 
     def routed(self, name: str, z: Tensor) -> Tensor:
         """The routed operator of this layer's block, formed here if this layer runs first, (..., R, R)."""
@@ -126,9 +129,10 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
             routed = state.routed[block]
         if z.dtype != routed.dtype and not torch.is_grad_enabled():
             # Without a backward pass the product may run in the type of its input, which saves two casts a layer.
-            if (block, z.dtype) not in state.cast:
-                state.cast[block, z.dtype] = routed.to(z.dtype)
-            routed = state.cast[block, z.dtype]
+            cast = state.cast.get(block)
+            if cast is None or cast.dtype != z.dtype:
+                cast = state.cast[block] = routed.to(z.dtype)
+            routed = cast
         if routed.shape[:-2] == z.shape[:-1]:
             return routed
         if 2 in (z.dim(), routed.dim() - 1) and routed.shape[:-2].numel() == z.shape[:-1].numel():

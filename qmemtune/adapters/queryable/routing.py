@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qmemtune.adapters.queryable.apply import apply_operator
 
@@ -29,7 +30,7 @@ def stack_states(states: list[Tensor], query: Tensor) -> Tensor:
 
 def rms_norm(z: Tensor) -> Tensor:
     """``z / rms(z)`` over the last dimension."""
-    return z * torch.rsqrt(z.square().mean(dim=-1, keepdim=True) + 1e-6)
+    return F.rms_norm(z, z.shape[-1:], eps=1e-6)
 
 
 def normed_state(z: Tensor, routed: Tensor) -> Tensor:
