@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
-from qmemtune.adapters.queryable.encoders import sentence_embedding_dim
+from qmemtune.adapters.queryable.config import BASE_ENCODER
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
+from qmemtune.adapters.queryable.sentence import embedding_dim, folder_digest
 from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
 from qmemtune.errors import Finding, UserError
 
@@ -64,9 +66,10 @@ def peft_config(config: AdapterConfig) -> PeftConfig:
             **common,
         )
     assert isinstance(config, QueryableConfig)
-    prior_dim = None
-    if config.instruction_prior and config.prior_encoder != "base":
-        prior_dim = sentence_embedding_dim(config.prior_encoder)
+    prior_dim = prior_digest = None
+    if (config.instruction_prior or config.instruction_prior_final) and config.prior_encoder != BASE_ENCODER:
+        encoder = Path(config.prior_encoder).expanduser()
+        prior_dim, prior_digest = embedding_dim(encoder), folder_digest(encoder)
     return QueryableMemoryConfig(
         alpha=alpha,
         dropout=config.dropout,
@@ -81,7 +84,11 @@ def peft_config(config: AdapterConfig) -> PeftConfig:
         prior_encoder=config.prior_encoder,
         prior_dim=prior_dim,
         prior_temperature=config.prior_temperature,
+        prior_encoder_digest=prior_digest,
         prior_kl=config.prior_kl,
+        instruction_prior_final=config.instruction_prior_final,
+        prior_temperature_final=config.prior_temperature_final,
+        prior_kl_final=config.prior_kl_final,
         **common,
     )
 
@@ -148,7 +155,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     memory = memory_of(model)
     if memory is None or not memory.divergence:
         return None
-    terms = [memory.configs[name].prior_kl * value for name, value in memory.divergence.items()]
+    terms = [memory.configs[name].current_prior_kl * value for name, value in memory.divergence.items()]
     return torch.stack(terms).sum()
 
 

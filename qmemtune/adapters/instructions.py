@@ -1,9 +1,11 @@
-"""Brings each row's instruction text to the adapter."""
+"""Brings each row's instruction text to the adapters."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +18,34 @@ from qmemtune.adapters.queryable.encoders import InstructionEncoder, make_encode
 class InstructionSource:
     """Gives the rows of a forward pass their instructions, as embeddings.
 
-    An embedding is computed once for each distinct text. Without a queryable memory, or with its instruction prior
-    off, the contexts do nothing.
+    An embedding is computed once for each distinct text, and those of a sentence encoder once for all runs
+    (``$QMEMTUNE_CACHE``/instructions). Several adapters in one model may have different encoders. Without a queryable
+    memory, or with its instruction prior off, the contexts do nothing.
 
     Args:
         model: the adapted model.
         tokenizer: the base model's.
+        places: folders that are an adapter's sentence encoder or hold it under its name (see
+            :func:`~qmemtune.adapters.queryable.encoders.make_encoder`).
+
+    Raises:
+        UserError: an adapter's encoder is not found or is another one.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, places: Sequence[str | Path] = ()
+    ) -> None:
         self.memory = memory_of(model)
-        self._encoder: InstructionEncoder | None = None
-        self._known: dict[str, Tensor] = {}
-        config = None
-        if self.memory is not None:
-            config = next((c for c in self.memory.configs.values() if c.instruction_prior), None)
-        if config is not None:
-            self._encoder = make_encoder(config, model, tokenizer)
+        self._model, self._tokenizer, self._places = model, tokenizer, tuple(places)
+        self._encoders: dict[str, tuple[str, InstructionEncoder]] = {}
+        """Adapter -> what its encoder is known by, and the encoder; equal ones are shared."""
+        self._known: dict[tuple[str, str], Tensor] = {}
+        self._meet_adapters()
 
     @property
     def active(self) -> bool:
         """Whether instructions have any effect on this model."""
-        return self._encoder is not None
+        return bool(self._encoders)
 
     def context(self, instructions: Sequence[str]) -> AbstractContextManager[None]:
         """A context around any forward pass or ``generate``; ``""`` is a row without an instruction.
@@ -46,16 +54,44 @@ class InstructionSource:
             instructions: one text a row. In ``generate``, rows that are expanded (beams, several sequences) keep
                 the instruction of the row they come from.
         """
-        if self._encoder is None or self.memory is None:
+        self._meet_adapters()
+        if self.memory is None or not self._encoders:
             return nullcontext()
-        return self.memory.instructed(self.embed(instructions))
+        return self.memory.instructed({name: self.embed(instructions, name) for name in self._encoders})
 
-    def embed(self, instructions: Sequence[str]) -> Tensor:
-        """Unit-norm embeddings, (B, E); zeros for ``""``."""
-        assert self._encoder is not None, "the model has no instruction prior"
-        new = sorted({text for text in instructions if text and text not in self._known})
+    def of(self, model: nn.Module) -> InstructionSource:
+        """A source for another model, whose encoders are looked for in the same places."""
+        return InstructionSource(model, self._tokenizer, places=self._places)
+
+    def embed(self, instructions: Sequence[str], adapter: str | None = None) -> Tensor:
+        """Unit-norm embeddings, (B, E); zeros for ``""``.
+
+        Args:
+            adapter: whose encoder to use; the first one's if not given.
+        """
+        assert self._encoders, "the model has no instruction prior"
+        key, encoder = self._encoders[adapter or next(iter(self._encoders))]
+        new = sorted({text for text in instructions if text and (key, text) not in self._known})
         if new:
-            for text, embedding in zip(new, self._encoder.encode(new), strict=True):
-                self._known[text] = embedding
-        zero = torch.zeros(self._encoder.dim, device=self._encoder.device)
-        return torch.stack([self._known[text] if text else zero for text in instructions])
+            for text, embedding in zip(new, encoder.encode(new), strict=True):
+                self._known[key, text] = embedding
+        zero = torch.zeros(encoder.dim, device=encoder.device)
+        return torch.stack([self._known[key, text] if text else zero for text in instructions])
+
+    def _meet_adapters(self) -> None:
+        """Make the encoders of adapters that are new, and forget those of deleted ones."""
+        configs = {} if self.memory is None else {n: c for n, c in self.memory.configs.items() if c.has_prior}
+        self._encoders = {name: known for name, known in self._encoders.items() if name in configs}
+        for name, config in configs.items():
+            if name in self._encoders:
+                continue
+            encoder = make_encoder(config, self._model, self._tokenizer, places=self._places, cache=cache_folder())
+            key = config.prior_encoder_digest or config.prior_encoder
+            shared = next((known for known in self._encoders.values() if known[0] == key), None)
+            self._encoders[name] = shared or (key, encoder)
+
+
+def cache_folder() -> Path:
+    """Folder of the embeddings that sentence encoders made: ``$QMEMTUNE_CACHE``/instructions, else under ~/.cache."""
+    root = os.environ.get("QMEMTUNE_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "qmemtune") / "instructions"

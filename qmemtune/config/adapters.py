@@ -70,6 +70,14 @@ class QueryableConfig(AdapterConfig):
     """Divides the prior's logits."""
     prior_kl: float = 0.0
     """Weight (beta) of the loss term KL(route without prior || prior)."""
+    instruction_prior_final: float | None = None
+    """Value that instruction_prior moves to in a straight line during training; it stays as it is if not set."""
+    prior_temperature_final: float | None = None
+    """The same for prior_temperature."""
+    prior_kl_final: float | None = None
+    """The same for prior_kl."""
+    prior_schedule_share: float = 1.0
+    """Share of the run's steps after which the final values are reached."""
 
 
 ADAPTERS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "queryable": QueryableConfig}

@@ -64,6 +64,8 @@ ABOVE_ZERO_QUERYABLE = (
     "adapter.temperature",
     "adapter.memory_learning_rate_multiplier",
     "adapter.prior_temperature",
+    "adapter.prior_temperature_final",
+    "adapter.prior_schedule_share",
 )
 NOT_NEGATIVE = (
     "optimizer.weight_decay",
@@ -79,6 +81,8 @@ NOT_NEGATIVE_QUERYABLE = (
     "adapter.core_weight_decay",
     "adapter.instruction_prior",
     "adapter.prior_kl",
+    "adapter.instruction_prior_final",
+    "adapter.prior_kl_final",
 )
 
 
@@ -106,6 +110,12 @@ def shares(c: Config) -> Iterator[Problem]:
         yield "optimizer.warmup_steps", "above 1 it counts steps and must be whole", "give a share below 1 or a count"
     if c.seed >= 2**32 or c.data.split_seed >= 2**32:
         yield "seed" if c.seed >= 2**32 else "data.split_seed", "must be below 2**32", None
+
+
+@check
+def prior_schedule(c: Config) -> Iterator[Problem]:
+    if isinstance(c.adapter, QueryableConfig) and c.adapter.prior_schedule_share > 1:
+        yield "adapter.prior_schedule_share", f"must be at most 1, not {c.adapter.prior_schedule_share}", None
 
 
 @check
@@ -215,6 +225,8 @@ def paths(c: Config) -> Iterator[Problem]:
             yield from _exists(key, path)
         elif path == "":
             yield key, "is empty", None
+    if isinstance(c.adapter, QueryableConfig) and c.adapter.prior_encoder != "base" and uses_prior(c.adapter):
+        yield from _exists("adapter.prior_encoder", c.adapter.prior_encoder)
     resume = c.resume
     if resume is not None and resume != "auto":
         yield from _exists("resume", resume)
@@ -262,6 +274,11 @@ def names(c: Config) -> Iterator[Problem]:
         yield "recipe", f"{c.recipe!r} cannot name a folder", "use a plain name"
     if c.run_dir == "":
         yield "run_dir", "is empty", "give a folder, or leave it out"
+
+
+def uses_prior(adapter: QueryableConfig) -> bool:
+    """Whether instructions have an effect at any point of the run."""
+    return bool(adapter.instruction_prior or adapter.instruction_prior_final)
 
 
 def has_heldout(c: Config) -> bool:

@@ -38,6 +38,8 @@ __all__ = ["Composed", "compose", "load_resolved", "to_dict", "to_yaml"]
 
 NO_RECIPE = "custom"
 DATA_PATHS = ("data.path", "data.eval_path")
+MOVABLE = "adapter.prior_encoder"
+"""The only adapter option of a finished run that may be given anew: the folder may have moved, its content is known."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def compose(
 def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = True) -> Composed:
     """A run's own config with overrides on top.
 
-    The adapter is as it was trained: overrides of its options are refused.
+    The adapter is as it was trained: overrides of its options are refused, save for where its encoder lies.
 
     Args:
         path: the run's config.yaml.
@@ -102,7 +104,9 @@ def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = Tr
     given = read_overrides(overrides)
     given.findings.extend(file.findings)
     changed = [f"{group}={option}" for group, option in given.groups.items() if group == "adapter"]
-    changed += [setting.source for setting in given.settings if setting.key.startswith("adapter.")]
+    changed += [
+        setting.source for setting in given.settings if setting.key.startswith("adapter.") and setting.key != MOVABLE
+    ]
     given.findings.extend(
         Finding("the adapter of a finished run cannot be changed", override, "leave it out, or train again")
         for override in changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qmemtune.config.adapters import QueryableConfig
-from qmemtune.config.checks import looks_local
+from qmemtune.config.checks import looks_local, uses_prior
 from qmemtune.config.fields import fields_of
 from qmemtune.config.schema import Config
 
@@ -67,8 +67,11 @@ def _data(c: Config) -> dict[str, str]:
 def _adapter(c: Config) -> dict[str, str]:
     reasons = {}
     if isinstance(c.adapter, QueryableConfig):
-        if c.adapter.instruction_prior == 0:
-            for name in ("prior_encoder", "prior_temperature", "prior_kl"):
+        finals = ("instruction_prior_final", "prior_temperature_final", "prior_kl_final")
+        if all(getattr(c.adapter, name) is None for name in finals):
+            reasons["adapter.prior_schedule_share"] = "no final value of the prior is set"
+        if not uses_prior(c.adapter):
+            for name in ("prior_encoder", "prior_temperature", "prior_kl", *finals[1:], "prior_schedule_share"):
                 reasons[f"adapter.{name}"] = "adapter.instruction_prior is 0"
         elif c.data.instruction == "none":
             reasons["adapter.instruction_prior"] = "data.instruction is none, so no row has an instruction"

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from qmemtune.adapters import InstructionSource
+from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype, pick_device
@@ -76,7 +77,10 @@ def load_adapted(adapter: Path, config: Config, *, device: torch.device | None =
         ) from error
     model.requires_grad_(False)
     model.eval()
-    return LoadedRun(model, tokenizer, config, device, dtype, InstructionSource(model, tokenizer))
+    places = [adapter]
+    if isinstance(config.adapter, QueryableConfig):
+        places.insert(0, Path(config.adapter.prior_encoder))
+    return LoadedRun(model, tokenizer, config, device, dtype, InstructionSource(model, tokenizer, places=places))
 
 
 def first_line(error: Exception) -> str:

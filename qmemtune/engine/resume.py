@@ -10,7 +10,14 @@ from qmemtune.engine.checkpoints import NEEDED, Checkpoint, check_files
 from qmemtune.errors import Finding, UserError
 from qmemtune.rundir import read_json
 
-NOT_COMPARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+NOT_COMPARED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "prior_progress",
+    "revision",
+}
 """Entries of an adapter's config that may differ without changing what is trained."""
 
 

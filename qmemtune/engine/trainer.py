@@ -21,6 +21,7 @@ from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.heldout import Abandoned
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.parts import Parts as Parts
+from qmemtune.engine.prior_schedule import PriorSchedule
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
 from qmemtune.engine.router_watch import RouterWatch, logged, scalars
 from qmemtune.engine.totals import Stopwatch
@@ -59,6 +60,7 @@ class RunTrainer(Trainer):
         with parts.source.context([""]):
             self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
         self.router = RouterWatch(model, parts.config)
+        self.prior_schedule = PriorSchedule(model, parts.config.adapter, parts.steps.total)
         self._stopwatch = Stopwatch()
         # Cross-entropy, and all that is trained on (with the adapter's own term).
         self._step_losses = torch.zeros(2, device=args.device)
@@ -160,6 +162,7 @@ class RunTrainer(Trainer):
         self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
         if use is not None:
             self._log_routes(use)
+        self.prior_schedule.go_to(self.state.global_step)
         # Asked once a step, in every process at the same place: a signal reaches them at different times.
         asked = torch.tensor(float(bool(self.parts.stop)), device=self.args.device)
         self._stopping = self.accelerator.reduce(asked, "sum").item() > 0
@@ -191,6 +194,7 @@ class RunTrainer(Trainer):
             window = self.parts.totals.take_window()
             logs["loss"] = window.loss / max(window.steps, 1)
             logs["tokens_per_s"] = window.tokens / window.seconds if window.seconds > 0 else 0.0
+            logs |= self.prior_schedule.values()
             super().log(logs, start_time)
             line = {"event": "train", "step": self.state.global_step, **logs}
             self.parts.metrics.write(line)
@@ -216,6 +220,7 @@ class RunTrainer(Trainer):
 
     def catch_up(self) -> None:
         """After a resume: measure what a signal cut short at the step of the checkpoint."""
+        self.prior_schedule.go_to(self.state.global_step)
         due = due_at(self.state.global_step, self.parts.config)
         if self.parts.heldout and due.loss and self.state.global_step not in (0, self.parts.best.last_step):
             try:
@@ -269,11 +274,13 @@ class RunTrainer(Trainer):
     def _finish(self) -> None:
         config, best, heldout = self.parts.config, self.parts.best, self.parts.heldout
         self.final_step = self.state.global_step
+        self.prior_schedule.go_to(self.final_step)
         at_end = config.evaluation.at_end and bool(heldout)
         if config.trainer.keep_best and at_end:
             self.measure(Due(loss=True, exact_match=False, samples=False))
         if best.restore(self.model) and best.step is not None:
             self.final_step = best.step
+            self.prior_schedule.go_to(self.final_step)
         if at_end:
             self.final_metrics = self.measure_as(self.final_step, exact_match=config.evaluation.exact_match.enabled)
         else:

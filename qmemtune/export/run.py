@@ -145,4 +145,4 @@ def load_back(folder: Path, live: LoadedRun) -> tuple[nn.Module, InstructionSour
         return plain.to(live.device), None
     base = load_base(config.model, config.quantization, device=live.device)
     adapted = PeftModel.from_pretrained(base, str(folder))
-    return adapted, InstructionSource(adapted, live.tokenizer)
+    return adapted, live.source.of(adapted)

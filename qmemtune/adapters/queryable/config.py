@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from peft.config import PeftConfig
 
+from qmemtune.adapters.queryable.prior import moved
 from qmemtune.adapters.queryable.registration import QUERYABLE
+
+BASE_ENCODER = "base"
+"""Name of the encoder that is the base model's own input embeddings."""
 
 
 @dataclass
@@ -49,11 +55,27 @@ class QueryableMemoryConfig(PeftConfig):
     prior_encoder: str = field(
         default="base", metadata={"help": "'base' (the model's input embeddings) or a sentence-transformers folder."}
     )
+    prior_encoder_digest: str | None = field(
+        default=None, metadata={"help": "Digest of the sentence encoder's files; filled in when it is first used."}
+    )
     prior_dim: int | None = field(
         default=None, metadata={"help": "Width of instruction embeddings; for 'base' taken from the model."}
     )
     prior_temperature: float = field(default=1.0, metadata={"help": "Divides the prior's logits."})
     prior_kl: float = field(default=0.0, metadata={"help": "Weight (beta) of KL(route without prior || prior)."})
+    instruction_prior_final: float | None = field(
+        default=None, metadata={"help": "Value that instruction_prior moves to with prior_progress; constant if None."}
+    )
+    prior_temperature_final: float | None = field(
+        default=None, metadata={"help": "Value that prior_temperature moves to; constant if None."}
+    )
+    prior_kl_final: float | None = field(
+        default=None, metadata={"help": "Value that prior_kl moves to; constant if None."}
+    )
+    prior_progress: float = field(
+        default=0.0,
+        metadata={"help": "Share of the way to the final values that is done, 0 to 1; training moves it."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,9 +87,10 @@ class QueryableMemoryConfig(PeftConfig):
             if isinstance(value, list):
                 setattr(self, name, set(value))
         for name in (
-            "alpha", "dropout", "temperature", "init_core_std", "instruction_prior", "prior_temperature", "prior_kl"
+            "alpha", "dropout", "temperature", "init_core_std", "instruction_prior", "prior_temperature", "prior_kl",
+            "instruction_prior_final", "prior_temperature_final", "prior_kl_final",
         ):  # fmt: skip
-            if not math.isfinite(getattr(self, name)):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         for name in ("r", "num_atoms", "key_dim", "block_size"):
             if getattr(self, name) < 1:
@@ -76,16 +99,49 @@ class QueryableMemoryConfig(PeftConfig):
             raise ValueError(f"top_k must be between 1 and num_atoms ({self.num_atoms}), got {self.top_k}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        for name in ("temperature", "prior_temperature"):
-            if getattr(self, name) <= 0:
+        for name in ("temperature", "prior_temperature", "prior_temperature_final"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("init_core_std", "instruction_prior", "prior_kl"):
-            if getattr(self, name) < 0:
+        for name in ("init_core_std", "instruction_prior", "prior_kl", "instruction_prior_final", "prior_kl_final"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.prior_kl and not self.instruction_prior:
+        if not 0.0 <= self.prior_progress <= 1.0:
+            raise ValueError(f"prior_progress must be between 0 and 1, got {self.prior_progress}")
+        if self.has_prior_kl and not self.has_prior:
             raise ValueError("prior_kl has no effect while instruction_prior is 0: set instruction_prior")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, for saving: a sentence encoder is known by name and digest, not by its place on this machine."""
+        values = dict(super().to_dict())
+        values["prior_encoder"] = Path(self.prior_encoder).name
+        return values
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether instructions may have an effect, now or at another point of the schedule."""
+        return bool(self.instruction_prior or self.instruction_prior_final)
+
+    @property
+    def has_prior_kl(self) -> bool:
+        """The same of the loss term."""
+        return bool(self.prior_kl or self.prior_kl_final)
+
+    @property
+    def current_prior(self) -> float:
+        """lambda, at the schedule's present point."""
+        return moved(self.instruction_prior, self.instruction_prior_final, self.prior_progress)
+
+    @property
+    def current_prior_temperature(self) -> float:
+        """tau_u, at the schedule's present point."""
+        return moved(self.prior_temperature, self.prior_temperature_final, self.prior_progress)
+
+    @property
+    def current_prior_kl(self) -> float:
+        """beta, at the schedule's present point."""
+        return moved(self.prior_kl, self.prior_kl_final, self.prior_progress)
 
     @property
     def scaling(self) -> float:

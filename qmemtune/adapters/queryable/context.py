@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,8 +43,9 @@ class ForwardContext:
     """Adapter name -> its state."""
     token_mask: Tensor | None = None
     """1 for real tokens, 0 for padding, (B, T); None if the caller gave none."""
-    instruction: Tensor | None = None
-    """Unit-norm instruction embeddings of the rows, (B, E), zeros for none; kept for recomputation."""
+    instruction: Tensor | Mapping[str, Tensor] | None = None
+    """Unit-norm instruction embeddings of the rows, (B, E), zeros for none, perhaps by adapter; kept for
+    recomputation."""
     entries: set[int] = field(default_factory=set)
     """Ids of the modules through which the pass has entered."""
 
@@ -66,7 +67,9 @@ class ContextHolder(threading.local):
         # A copied or stored model is in no forward pass.
         return ContextHolder, ()
 
-    def enter(self, entry: nn.Module, token_mask: Tensor | None, instruction: Tensor | None) -> bool:
+    def enter(
+        self, entry: nn.Module, token_mask: Tensor | None, instruction: Tensor | Mapping[str, Tensor] | None
+    ) -> bool:
         """A forward pass enters through ``entry``; returns whether this opened a context."""
         if entry in self.open:
             # A KeyboardInterrupt skips the hooks that close: what is still open belongs to a pass that was cut off.

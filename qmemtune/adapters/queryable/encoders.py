@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qmemtune.adapters.queryable.config import QueryableMemoryConfig
+from qmemtune.adapters.queryable.config import BASE_ENCODER, QueryableMemoryConfig
+from qmemtune.adapters.queryable.sentence import SentenceEncoder, folder_digest, is_encoder
 from qmemtune.errors import UserError
-
-MAX_SENTENCE_TOKENS = 256
 
 
 class InstructionEncoder(Protocol):
@@ -52,42 +52,32 @@ class BaseEmbeddingEncoder:
         return F.normalize(torch.stack(rows), dim=-1)
 
 
-class SentenceEncoder:
-    """Mean-pooled sentence embeddings of a sentence-transformers folder, loaded through transformers."""
-
-    def __init__(self, folder: str, device: torch.device) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model = AutoModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise _not_an_encoder(folder, error) from error
-        self.dim = int(self.model.config.hidden_size)
-        self.device = device
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """See :class:`InstructionEncoder`."""
-        batch = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=MAX_SENTENCE_TOKENS, return_tensors="pt"
-        ).to(self.device)
-        hidden = self.model(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
-
-
-def make_encoder(config: QueryableMemoryConfig, model: nn.Module, tokenizer: Any) -> InstructionEncoder:
+def make_encoder(
+    config: QueryableMemoryConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    places: Sequence[str | Path] = (),
+    cache: Path | None = None,
+) -> InstructionEncoder:
     """The encoder that an adapter's config names.
 
+    Args:
+        model: the adapted model, for its input embeddings.
+        tokenizer: the base model's.
+        places: folders that are the encoder, or that hold it under its name; looked at before the config's own path.
+        cache: folder in which a sentence encoder keeps the embeddings it made; None keeps none.
+
     Raises:
-        UserError: the folder holds no encoder, or one of another width than the adapter was trained with.
+        UserError: the encoder is not found, is not the one the adapter was trained with, or cannot be used.
     """
     encoder: InstructionEncoder
-    if config.prior_encoder == "base":
+    if config.prior_encoder == BASE_ENCODER:
         encoder = BaseEmbeddingEncoder(model, tokenizer)
     else:
-        encoder = SentenceEncoder(config.prior_encoder, model.get_input_embeddings().weight.device)
+        folder, digest = find_encoder(config, places)
+        config.prior_encoder_digest = digest
+        encoder = SentenceEncoder(folder, digest, model.get_input_embeddings().weight.device, cache)
     if encoder.dim != config.prior_dim:
         raise UserError(
             f"the instruction encoder gives {encoder.dim} numbers, but the adapter was made for {config.prior_dim}",
@@ -97,23 +87,34 @@ def make_encoder(config: QueryableMemoryConfig, model: nn.Module, tokenizer: Any
     return encoder
 
 
-def sentence_embedding_dim(folder: str) -> int:
-    """Width of a sentence-transformers folder's embeddings.
+def find_encoder(config: QueryableMemoryConfig, places: Sequence[str | Path]) -> tuple[Path, str]:
+    """The folder of an adapter's sentence encoder, and its digest.
+
+    A saved adapter knows its encoder by name and content, not by place: a folder with that content is taken, wherever
+    it is found.
 
     Raises:
-        UserError: the folder holds no encoder.
+        UserError: there is no encoder there, or only others.
     """
-    from transformers import AutoConfig
-
-    try:
-        return int(AutoConfig.from_pretrained(folder).hidden_size)
-    except (OSError, ValueError, AttributeError) as error:
-        raise _not_an_encoder(folder, error) from error
-
-
-def _not_an_encoder(folder: str, error: Exception) -> UserError:
-    return UserError(
-        f"no sentence encoder can be loaded: {str(error).splitlines()[0]}",
-        where=f"adapter.prior_encoder={folder}",
-        fix="give a sentence-transformers folder (config.json, tokenizer and weights), or 'base'",
+    name = Path(config.prior_encoder).name
+    candidates = [path for place in places for path in (Path(place).expanduser(), Path(place).expanduser() / name)]
+    candidates.append(Path(config.prior_encoder).expanduser())
+    others = []
+    for folder in candidates:
+        if not is_encoder(folder):
+            continue
+        digest = folder_digest(folder)
+        if config.prior_encoder_digest in (None, digest):
+            return folder, digest
+        others.append(folder)
+    if others:
+        raise UserError(
+            "this instruction encoder is not the one that the adapter was trained with: its files differ",
+            where=str(others[0]),
+            fix=f"give the folder of the {name} that was used in training",
+        )
+    raise UserError(
+        f"the adapter's instruction encoder, {name}, is not found",
+        where=str(candidates[0]),
+        fix=f"give its folder with adapter.prior_encoder=FOLDER, or copy it into the adapter's folder as {name}",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,7 +64,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self.configs: dict[str, QueryableMemoryConfig] = {}
         self.holder = ContextHolder()
         self.observer: RouteObserver | None = None
-        self.instruction: Tensor | None = None
+        self.instruction: Tensor | Mapping[str, Tensor] | None = None
         self.divergence: dict[str, Tensor] = {}
         self._checkpointed: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
@@ -84,7 +84,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self.queryable_key[name] = nn.Parameter(torch.randn(m, k))
         self.queryable_query[name] = nn.Parameter(torch.empty(0, k, r))
         self.queryable_block[name] = nn.Parameter(torch.empty(0, k))
-        if config.instruction_prior:
+        if config.has_prior:
             assert config.prior_dim is not None, "the tuner fills prior_dim before the memory is made"
             e = config.prior_dim
             self.queryable_prior_projection[name] = nn.Parameter(torch.randn(k, e))
@@ -185,15 +185,15 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                     query = query + attend(query, stack_states(earlier, query))
             logits = F.linear(query, float32(self.queryable_key[name], z))
             logits = logits * (config.temperature / math.sqrt(config.key_dim))
-            if config.instruction_prior:
+            if config.has_prior:
                 # Once a block, though the same for all: so recomputation of any one layer meets the same tensors.
                 prior = self._log_prior(name, z, context.instruction)
                 prior = prior.view(prior.shape[0], *[1] * (logits.dim() - 2), prior.shape[-1])
-                if config.prior_kl:
+                if config.has_prior_kl:
                     divergence = divergence_from_prior(logits, prior, context.token_mask)
                     if recording:
                         state.divergences.append(divergence)
-                logits = logits + config.instruction_prior * prior
+                logits = logits + config.current_prior * prior
             weights = top_k_softmax(logits, config.top_k)
             routed = routed_operator(weights, float32(self.queryable_core[name], z))
             summary = None
@@ -211,11 +211,12 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
     # --- instruction prior --------------------------------------------------------------------------------------
 
     @contextmanager
-    def instructed(self, embeddings: Tensor) -> Iterator[None]:
+    def instructed(self, embeddings: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
         """Give the rows of the forward passes inside their instructions.
 
         Args:
-            embeddings: unit-norm instruction embeddings, (B, E); a row of zeros is a row without instruction.
+            embeddings: unit-norm instruction embeddings, (B, E); a row of zeros is a row without instruction. Where
+                adapters have different encoders, one such tensor an adapter.
         """
         saved, self.instruction = self.instruction, embeddings
         try:
@@ -223,10 +224,11 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         finally:
             self.instruction = saved
 
-    def _log_prior(self, name: str, z: Tensor, given: Tensor | None) -> Tensor:
+    def _log_prior(self, name: str, z: Tensor, given: Tensor | Mapping[str, Tensor] | None) -> Tensor:
         """``log p(m | u)``, (B, M), for the rows of ``z`` (B, ..., R); zeros, hence no effect, without instruction."""
         projection = float32(self.queryable_prior_projection[name], z)
         key = float32(self.queryable_prior_key[name], z)
+        given = given.get(name) if isinstance(given, Mapping) else given
         if given is None:
             if self.training and not self._warned_prior:
                 self._warned_prior = True
@@ -236,7 +238,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 )
             given = projection.new_zeros(1, projection.shape[1])
         given = rows_of(given.to(projection), z.shape[0])
-        return log_prior(given, projection, key, self.configs[name].prior_temperature)
+        return log_prior(given, projection, key, self.configs[name].current_prior_temperature)
 
     # --- PEFT ---------------------------------------------------------------------------------------------------
 

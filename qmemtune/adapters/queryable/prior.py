@@ -9,6 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def moved(start: float, final: float | None, progress: float) -> float:
+    """A value on its straight way from ``start`` to ``final``; ``start`` if it has no final value.
+
+    Args:
+        progress: share of the way that is done, 0 to 1.
+    """
+    return start if final is None else start + (final - start) * progress
+
+
 def rows_of(given: Tensor, rows: int) -> Tensor:
     """Instruction embeddings (b, E), each repeated for the neighbouring rows that share it, as (``rows``, E).
 
