@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more than one thread each makes all of them slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,39 @@ def make_tokenizer():
         chat_template=CHATML,
         model_max_length=512,
     )
+
+
+@pytest.fixture(scope="session")
+def make_encoder() -> Callable[..., Path]:
+    """(folder, tokenizer, seed=, pooling=, width=) -> the folder with a tiny sentence encoder."""
+    return make_sentence_encoder
+
+
+POOLING = "1_Pooling"
+
+
+def make_sentence_encoder(
+    folder: Path, tokenizer, *, seed: int = 0, pooling: str = "mean_tokens", width: int = 16
+) -> Path:
+    """A tiny folder as sentence-transformers writes it."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / POOLING).mkdir()
+    (folder / POOLING / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}), encoding="utf-8")
+    kinds = {"": "sentence_transformers.models.Transformer", POOLING: "sentence_transformers.models.Pooling"}
+    modules = [{"path": path, "type": kind} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    return folder

@@ -19,23 +19,30 @@ def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = 
 
     The run is run_dir=, else the newest. model.path=FOLDER takes a folder that merge-export wrote, with the base, rows
     and evaluation of its run; where the base was a local model: export.path=FOLDER model.path=BASE, and data.path=
-    where the rows are not at hand. recipe= or any other model.path= measures a model by itself.
+    where the rows are not at hand. recipe= or any other model.path= measures a model by itself. instruction=TEXT gives
+    the instruction prior one text for all rows in place of their own.
     """
     with output(as_json, debug, quiet) as out:
-        from qmemtune.cli.target import names_bare_model, split_export, split_run_dir
+        from qmemtune.cli.target import names_bare_model, split_export, split_run_dir, take
 
-        given = overrides or []
+        instruction, given = take("instruction", overrides or [])
         folder, rest = split_export(given)
         if folder is not None:
-            report = _evaluate_export(folder, rest, out)
+            report = _evaluate_export(folder, rest, out, instruction)
         elif split_run_dir(given)[0] is None and names_bare_model(given):
+            if instruction is not None:
+                raise UserError(
+                    "an instruction has no effect on a bare model",
+                    where=f"instruction={instruction}",
+                    fix="leave it out",
+                )
             report = _evaluate_model(given, out)
         else:
-            report = _evaluate_run(given, out)
+            report = _evaluate_run(given, out, instruction)
         out.result(report, lambda console: _show(console, report))
 
 
-def _evaluate_run(overrides: Sequence[str], out: Output) -> dict[str, Any]:
+def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None) -> dict[str, Any]:
     from qmemtune.cli.display import RowCounter
     from qmemtune.cli.target import load_target
 
@@ -43,11 +50,13 @@ def _evaluate_run(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     config = composed.config
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.engine.restore import load_run
+    from qmemtune.evaluation.forward import one_for_all
     from qmemtune.evaluation.verb import evaluate_pair
     from qmemtune.rundir import write_json
 
     out.libraries_are_loaded()
     loaded = load_run(run, config)
+    source = loaded.source if instruction is None else one_for_all(loaded.source, instruction)
     rows = prepare_heldout(config.data, loaded.tokenizer).heldout
     with RowCounter(quiet=out.quiet) as counter:
         report = evaluate_pair(
@@ -55,7 +64,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output) -> dict[str, Any]:
             loaded.tokenizer,
             rows,
             config.evaluation,
-            source=loaded.source,
+            source=source,
             device=loaded.device,
             dtype=loaded.dtype,
             progress=counter,
@@ -65,7 +74,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     return report
 
 
-def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output) -> dict[str, Any]:
+def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output, instruction: str | None) -> dict[str, Any]:
     from qmemtune.cli.display import RowCounter
     from qmemtune.export.evaluation import evaluate_exported, open_exported
 
@@ -73,7 +82,7 @@ def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output) -> dic
     exported = open_exported(folder, overrides)
     out.warn(exported.composed.warnings)
     with RowCounter(quiet=out.quiet) as counter:
-        return evaluate_exported(exported, say=out.note, progress=counter)
+        return evaluate_exported(exported, say=out.note, progress=counter, instruction=instruction)
 
 
 def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:

@@ -63,7 +63,10 @@ def generate(
         from qmemtune.engine.restore import load_run
 
         out.libraries_are_loaded()
-        speaker = Speaker(load_run(run, composed.config), instruction, max_new_tokens, temperature)
+        loaded = load_run(run, composed.config)
+        if instruction and not loaded.source.active:
+            out.warn([f"instruction={instruction} has no effect: the run's adapter has no instruction prior"])
+        speaker = Speaker(loaded, instruction, max_new_tokens, temperature)
         if chat:
             _chat(speaker, out)
             return

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qmemtune.errors import UserError
+
 
 class Instructions(Protocol):
     """What hands a batch's instruction texts to the adapter."""
@@ -16,6 +18,44 @@ class Instructions(Protocol):
     def context(self, instructions: Sequence[str]) -> AbstractContextManager[Any]:
         """A context around any forward or generate of the model; one text per row of the batch."""
         ...
+
+
+class HasPrior(Instructions, Protocol):
+    """Instructions that say whether they have any effect."""
+
+    @property
+    def active(self) -> bool: ...
+
+
+class FixedInstruction:
+    """Gives every row the same instruction, whatever its own.
+
+    Args:
+        source: where it goes.
+        text: the instruction; empty for none.
+    """
+
+    def __init__(self, source: Instructions, text: str) -> None:
+        self.source, self.text = source, text
+
+    def context(self, instructions: Sequence[str]) -> AbstractContextManager[Any]:
+        """See :class:`Instructions`."""
+        return self.source.context([self.text] * len(instructions))
+
+
+def one_for_all(source: HasPrior, text: str) -> Instructions:
+    """A source that gives every row the instruction ``text``.
+
+    Raises:
+        UserError: the model has no instruction prior.
+    """
+    if not source.active:
+        raise UserError(
+            "an instruction has no effect: the model has no adapter with an instruction prior",
+            where=f"instruction={text}",
+            fix="leave it out, or train with adapter=queryable adapter.instruction_prior=1",
+        )
+    return FixedInstruction(source, text)
 
 
 Autocast = Callable[[], AbstractContextManager[Any]]

@@ -14,6 +14,7 @@ from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import load_adapted
 from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import EvalProgress
+from qmemtune.evaluation.forward import one_for_all
 from qmemtune.evaluation.verb import Measured, by_itself, evaluate_pair, measure, prefixed, side_by_side
 from qmemtune.export.marker import MARKER, read_marker
 from qmemtune.models.hardware import compute_dtype, pick_device
@@ -95,7 +96,11 @@ def plain_text(value: Any) -> Any:
 
 
 def evaluate_exported(
-    exported: Exported, *, say: Callable[[str], None], progress: EvalProgress | None = None
+    exported: Exported,
+    *,
+    say: Callable[[str], None],
+    progress: EvalProgress | None = None,
+    instruction: str | None = None,
 ) -> dict[str, Any]:
     """Measure an exported folder and its base on the same held-out rows.
 
@@ -103,6 +108,7 @@ def evaluate_exported(
 
     Args:
         say: told, in one line, why a base is not measured.
+        instruction: text for the instruction prior in place of each row's own.
 
     Returns:
         ``model``, ``format``, ``base_model``, and what :func:`~qmemtune.evaluation.verb.side_by_side` reports; ``base``
@@ -114,6 +120,12 @@ def evaluate_exported(
     config, folder = exported.config, exported.path
     config = replace(config, model=replace(config.model, tokenizer=config.model.tokenizer or str(folder)))
     if exported.format == "merged":
+        if instruction is not None:
+            raise UserError(
+                "an instruction has no effect on a merged model",
+                where=f"instruction={instruction}",
+                fix="leave it out, or measure the run or its export with export.format=adapter",
+            )
         report = evaluate_merged(exported, config, say=say, progress=progress)
     else:
         live = load_adapted(folder, config)
@@ -122,7 +134,7 @@ def evaluate_exported(
             live.tokenizer,
             prepare_heldout(config.data, live.tokenizer).heldout,
             config.evaluation,
-            source=live.source,
+            source=live.source if instruction is None else one_for_all(live.source, instruction),
             device=live.device,
             dtype=live.dtype,
             progress=progress,

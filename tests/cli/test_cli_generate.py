@@ -28,7 +28,7 @@ def stand_in(tmp_path, monkeypatch):
         yield f"{instruction},{max_new_tokens},{temperature}"
 
     def load_run(run, config):
-        return SimpleNamespace(config=config)
+        return SimpleNamespace(config=config, source=SimpleNamespace(active=True))
 
     forms = {"messages": "messages"}
     module = {
