@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from qmemtune.data.paraphrased import paraphrased
+
 Row = dict[str, str]
 
 WORDS = ("ant bag bed cat cup dog ear egg fox hat ice jam key leg log map net oak pig rat sea sun tea van").split()
@@ -68,5 +70,13 @@ def _row(family: str, words: list[str]) -> Row:
     }
 
 
-GENERATED: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {"word_lists": word_lists}
+def word_lists_paraphrased() -> tuple[list[Row], list[Row]]:
+    """The eight families, each asked for in six wordings, and on held-out rows in three more."""
+    return paraphrased({name: function for name, (_, function) in FAMILIES.items()}, WORDS, NUM_WORDS)
+
+
+GENERATED: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
+    "word_lists": word_lists,
+    "word_lists_paraphrased": word_lists_paraphrased,
+}
 """Name -> function that makes the training and the held-out rows."""
