@@ -4,7 +4,7 @@ Importing this package makes PEFT know the queryable memory.
 """
 
 from qmemtune.adapters.build import apply_adapter, auxiliary_loss, describe, parameter_groups
-from qmemtune.adapters.instructions import InstructionSource
+from qmemtune.adapters.instructions import InstructionSource, prompts_of
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "describe",
     "memory_of",
     "parameter_groups",
+    "prompts_of",
 ]

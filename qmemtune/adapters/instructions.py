@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qmemtune.adapters.queryable import memory_of
+from qmemtune.adapters.queryable import QueryableMemory, memory_of
 from qmemtune.adapters.queryable.encoders import InstructionEncoder, make_encoder
 
 
@@ -89,6 +89,19 @@ class InstructionSource:
             key = config.prior_encoder_digest or config.prior_encoder
             shared = next((known for known in self._encoders.values() if known[0] == key), None)
             self._encoders[name] = shared or (key, encoder)
+
+
+def prompts_of(model: nn.Module | QueryableMemory | None, labels: Tensor, ignored: int) -> AbstractContextManager[None]:
+    """A context that tells a memory with routes of whole rows which tokens are prompts: those before the first label.
+
+    Args:
+        model: a model, or its memory.
+        labels: (B, T), ``ignored`` where there is none.
+    """
+    memory = model if model is None or isinstance(model, QueryableMemory) else memory_of(model)
+    if memory is None or all(config.granularity == "token" for config in memory.configs.values()):
+        return nullcontext()
+    return memory.prompted((labels != ignored).cumsum(dim=-1) == 0)
 
 
 def cache_folder() -> Path:

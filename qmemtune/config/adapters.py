@@ -56,6 +56,12 @@ class QueryableConfig(AdapterConfig):
     """Multiplies the routing logits."""
     depth_summary: bool = True
     """Let later blocks attend over the states of earlier ones."""
+    granularity: Literal["token", "row"] = "token"
+    """One route a token, or (for studies of the loss) one a row, formed from its prompt."""
+    shared_atoms: bool = True
+    """All blocks route over all atoms; if not, each over its own equal share (for studies)."""
+    generated_core: bool = False
+    """For studies: SiLU in place of the softmax over atoms, so that a small network makes the operator."""
     init_core_std: float = 0.02
     """Standard deviation of the cores at the start."""
     memory_learning_rate_multiplier: float = 5.0

@@ -13,8 +13,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from qmemtune.adapters import auxiliary_loss, parameter_groups
+from qmemtune.adapters import auxiliary_loss, parameter_groups, prompts_of
 from qmemtune.adapters.queryable.statistics import RouteUse
+from qmemtune.data.rows import IGNORED
 from qmemtune.engine import checkpoints
 from qmemtune.engine.counts import instructed_tokens, step_counts
 from qmemtune.engine.environment import seconds_since_start
@@ -119,7 +120,8 @@ class RunTrainer(Trainer):
         # The adapter's term is a mean over real tokens of rows with an instruction: weigh it by their share.
         share = instructed_tokens(inputs) / self._step_tokens[2].clamp(min=1)
         instructions = inputs.pop("instruction")
-        with self.parts.source.context(instructions), self.labelled_loss.installed():
+        prompts = prompts_of(self.parts.source.memory, inputs["labels"], IGNORED)
+        with self.parts.source.context(instructions), prompts, self.labelled_loss.installed():
             loss_sum, auxiliary = model(**inputs)
         cross_entropy = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
         loss = cross_entropy + auxiliary * (self.accelerator.num_processes * share)

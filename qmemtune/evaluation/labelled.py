@@ -18,6 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from qmemtune.adapters import memory_of, prompts_of
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import shifted_targets
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward
@@ -83,6 +84,7 @@ class LabelReader:
         self.source = source
         self.autocast = autocast
         self._head = find_head(model)
+        self._memory = memory_of(model)
         self._mode = "all positions" if self._head is None else "head"
 
     def read(self, batch: Mapping[str, Any]) -> LabelledLogits:
@@ -134,7 +136,8 @@ class LabelReader:
 
     def _forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         instructions = batch.get("instruction") or [""] * len(batch["input_ids"])
-        with evaluation_forward(instructions, self.source, self.autocast):
+        prompts = prompts_of(self._memory, batch["labels"], IGNORED)
+        with evaluation_forward(instructions, self.source, self.autocast), prompts:
             output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         logits: torch.Tensor = output.logits
         return logits

@@ -49,6 +49,16 @@ class QueryableMemoryConfig(PeftConfig):
     temperature: float = field(default=1.0, metadata={"help": "Multiplies the routing logits."})
     depth_summary: bool = field(default=True, metadata={"help": "Queries attend over the states of earlier blocks."})
     init_core_std: float = field(default=0.02, metadata={"help": "Standard deviation of the cores at the start."})
+    granularity: str = field(
+        default="token", metadata={"help": "'token', or 'row': one route a row, from its prompt; for studies."}
+    )
+    shared_atoms: bool = field(
+        default=True, metadata={"help": "False: each block routes over its own equal share of the atoms; for studies."}
+    )
+    generated_core: bool = field(
+        default=False,
+        metadata={"help": "SiLU in place of softmax, no prior: a small network makes the operator; for studies."},
+    )
     instruction_prior: float = field(
         default=0.0, metadata={"help": "Weight (lambda) of the log-prior over atoms from the instruction; 0: none."}
     )
@@ -107,6 +117,10 @@ class QueryableMemoryConfig(PeftConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 <= self.prior_progress <= 1.0:
             raise ValueError(f"prior_progress must be between 0 and 1, got {self.prior_progress}")
+        if self.granularity not in ("token", "row"):
+            raise ValueError(f"granularity must be 'token' or 'row', got {self.granularity!r}")
+        if self.generated_core and (self.top_k is not None or self.has_prior):
+            raise ValueError("generated_core has no route: leave out top_k and instruction_prior")
         if self.has_prior_kl and not self.has_prior:
             raise ValueError("prior_kl has no effect while instruction_prior is 0: set instruction_prior")
         if self.layers_pattern is not None and self.layers_to_transform is None:

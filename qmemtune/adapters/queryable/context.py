@@ -46,6 +46,8 @@ class ForwardContext:
     instruction: Tensor | Mapping[str, Tensor] | None = None
     """Unit-norm instruction embeddings of the rows, (B, E), zeros for none, perhaps by adapter; kept for
     recomputation."""
+    prompt_mask: Tensor | None = None
+    """True for the tokens of each row's prompt, (B, T); for routes of whole rows only."""
     entries: set[int] = field(default_factory=set)
     """Ids of the modules through which the pass has entered."""
 
@@ -68,7 +70,11 @@ class ContextHolder(threading.local):
         return ContextHolder, ()
 
     def enter(
-        self, entry: nn.Module, token_mask: Tensor | None, instruction: Tensor | Mapping[str, Tensor] | None
+        self,
+        entry: nn.Module,
+        token_mask: Tensor | None,
+        instruction: Tensor | Mapping[str, Tensor] | None,
+        prompt_mask: Tensor | None = None,
     ) -> bool:
         """A forward pass enters through ``entry``; returns whether this opened a context."""
         if entry in self.open:
@@ -83,7 +89,9 @@ class ContextHolder(threading.local):
                 context.token_mask = token_mask
             return False
         # A decoder that its model calls twice runs two passes.
-        self.current = ForwardContext(token_mask=token_mask, instruction=instruction, entries={id(entry)})
+        self.current = ForwardContext(
+            token_mask=token_mask, instruction=instruction, prompt_mask=prompt_mask, entries={id(entry)}
+        )
         self.recomputing = False
         return True
 

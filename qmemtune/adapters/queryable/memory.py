@@ -25,6 +25,7 @@ from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, 
 from qmemtune.adapters.queryable.routing import (
     attend,
     normed_state,
+    own_atoms,
     rms_norm,
     routed_operator,
     stack_states,
@@ -65,6 +66,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self.holder = ContextHolder()
         self.observer: RouteObserver | None = None
         self.instruction: Tensor | Mapping[str, Tensor] | None = None
+        self.prompt_mask: Tensor | None = None
         self.divergence: dict[str, Tensor] = {}
         self._checkpointed: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
@@ -140,7 +142,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         mask = kwargs.get("attention_mask")
         if not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = None
-        if not holder.enter(module, mask, self.instruction):
+        if not holder.enter(module, mask, self.instruction, self.prompt_mask):
             return
         self.divergence = {}
         for layer in self._checkpointed:
@@ -175,7 +177,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         config = self.configs[name]
         recording = not self.holder.recomputing
         with no_autocast(z.device):
-            normed = rms_norm(z.float())
+            normed = self._pooled(config, rms_norm(z.float()), context)
             projection, offset = self.queryable_query[name][block], self.queryable_block[name][block]
             query = F.linear(normed, float32(projection, z), float32(offset, z))
             if name in self.queryable_summary:
@@ -185,6 +187,10 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                     query = query + attend(query, stack_states(earlier, query))
             logits = F.linear(query, float32(self.queryable_key[name], z))
             logits = logits * (config.temperature / math.sqrt(config.key_dim))
+            if not config.shared_atoms:
+                logits = own_atoms(
+                    logits, block, self.num_blocks(name), 0.0 if config.generated_core else float("-inf")
+                )
             if config.has_prior:
                 # Once a block, though the same for all: so recomputation of any one layer meets the same tensors.
                 prior = self._log_prior(name, z, context.instruction)
@@ -194,11 +200,13 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                     if recording:
                         state.divergences.append(divergence)
                 logits = logits + config.current_prior * prior
-            weights = top_k_softmax(logits, config.top_k)
+            weights = F.silu(logits) if config.generated_core else top_k_softmax(logits, config.top_k)
             routed = routed_operator(weights, float32(self.queryable_core[name], z))
+            if config.granularity == "row":
+                weights, routed = weights.expand(*z.shape[:-1], -1), routed.expand(*z.shape[:-1], -1, -1)
             summary = None
             if name in self.queryable_summary and block < self.num_blocks(name) - 1:
-                normed = normed_state(z.float(), routed)
+                normed = self._pooled(config, normed_state(z.float(), routed), context)
                 summary = F.linear(normed, float32(self.queryable_summary[name], z))
         if recording:
             state.routed[block] = routed
@@ -207,6 +215,27 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
             if self.observer is not None:
                 self.observer(name, block, weights.detach(), context.token_mask)
         return routed
+
+    def _pooled(self, config: QueryableMemoryConfig, states: Tensor, context: ForwardContext) -> Tensor:
+        """States (B, T, R) as they are, or their mean over each row's prompt, (B, 1, R)."""
+        if config.granularity == "token":
+            return states
+        prompt = context.prompt_mask
+        if prompt is None or prompt.shape != states.shape[:-1]:
+            raise RuntimeError(
+                "granularity='row' needs to know each row's prompt: it is for losses of studies, not for generation"
+            )
+        share = prompt.to(states) / prompt.sum(dim=-1, keepdim=True).clamp_min(1)
+        return (share.unsqueeze(-2) @ states).contiguous()
+
+    @contextmanager
+    def prompted(self, prompt_mask: Tensor) -> Iterator[None]:
+        """Tell the forward passes inside which tokens are prompts, (B, T)."""
+        saved, self.prompt_mask = self.prompt_mask, prompt_mask
+        try:
+            yield
+        finally:
+            self.prompt_mask = saved
 
     # --- instruction prior --------------------------------------------------------------------------------------
 

@@ -35,6 +35,12 @@ class QueryableMemoryModel(BaseTuner):
         self._plan = BlockPlan(self.peft_config[adapter_name].block_size)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         memory = getattr(model, MEMORY_NAME)
+        config, blocks = self.peft_config[adapter_name], memory.num_blocks(adapter_name)
+        if not config.shared_atoms and (config.num_atoms % blocks or (config.top_k or 0) > config.num_atoms // blocks):
+            raise ValueError(
+                f"without shared_atoms each of the {blocks} blocks has an equal share of the atoms: num_atoms "
+                f"{config.num_atoms} must be a multiple of {blocks}, and top_k at most the share"
+            )
         memory._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _prepare_model(self, peft_config: QueryableMemoryConfig, model: nn.Module) -> None:

@@ -59,3 +59,11 @@ def top_k_softmax(logits: Tensor, top_k: int | None) -> Tensor:
         mask = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
         logits = logits.masked_fill(mask, float("-inf"))
     return logits.softmax(dim=-1)
+
+
+def own_atoms(logits: Tensor, block: int, num_blocks: int, elsewhere: float) -> Tensor:
+    """Logits (..., M) of one block's own M / ``num_blocks`` atoms; ``elsewhere`` for the others."""
+    share = logits.shape[-1] // num_blocks
+    own = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    own[block * share : (block + 1) * share] = True
+    return logits.masked_fill(~own, elsewhere)
