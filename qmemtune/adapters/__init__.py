@@ -5,6 +5,7 @@ Importing this package makes PEFT know the queryable memory.
 
 from qmemtune.adapters.build import apply_adapter, auxiliary_loss, describe, parameter_groups
 from qmemtune.adapters.instructions import InstructionSource, prompts_of
+from qmemtune.adapters.methods import check_method
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "QueryableMemoryConfig",
     "apply_adapter",
     "auxiliary_loss",
+    "check_method",
     "describe",
     "memory_of",
     "parameter_groups",

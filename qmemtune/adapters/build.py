@@ -10,24 +10,28 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qmemtune.adapters.methods import check_layers, method_config
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 from qmemtune.adapters.queryable.config import BASE_ENCODER
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
 from qmemtune.adapters.queryable.sentence import embedding_dim, folder_digest
-from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
+from qmemtune.config.adapters import AdapterConfig, LoraConfig, MethodConfig, QueryableConfig
 from qmemtune.errors import Finding, UserError
 
 ALL_LINEAR = "all-linear"
+PLAIN_HEAD = "head"
+"""Name of the output layer of a plain stack of linear layers."""
 
 
 def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> PeftModel:
     """Adapt a base model; the base's weights are frozen.
 
     Args:
-        model: a causal language model, quantised or not.
-        config: LoRA or queryable memory options.
+        model: a causal language model, quantised or not, or a plain stack of linear layers with an output ``head``.
+        config: the adapter's options.
         seed: seed of the adapter's initial weights, which depend on nothing else.
 
     Raises:
@@ -38,23 +42,26 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Peft
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(model, peft_config(config))
+            adapted = get_peft_model(model, peft_config(config, model))
         except ValueError as error:
             raise UserError(str(error), where="adapter") from error
     assert isinstance(adapted, PeftModel)
+    if isinstance(config, MethodConfig):
+        check_layers(adapted, config)
     return adapted
 
 
-def peft_config(config: AdapterConfig) -> PeftConfig:
-    """PEFT's config for our adapter options."""
-    targets: Any = ALL_LINEAR if ALL_LINEAR in config.target_modules else list(config.target_modules)
-    common: dict[str, Any] = {
-        "r": config.r,
-        "target_modules": targets,
+def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
+    """PEFT's config for our adapter options on this model."""
+    places: dict[str, Any] = {
+        "target_modules": target_modules(config, model),
         "exclude_modules": list(config.exclude_modules) or None,
         "layers_to_transform": config.layers_to_transform,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
     }
+    if isinstance(config, MethodConfig):
+        return method_config(config, places)
+    common: dict[str, Any] = {"r": config.r, **places}
     alpha = 2 * config.r if config.alpha is None else config.alpha
     if isinstance(config, LoraConfig):
         return PeftLoraConfig(
@@ -94,6 +101,15 @@ def peft_config(config: AdapterConfig) -> PeftConfig:
         prior_kl_final=config.prior_kl_final,
         **common,
     )
+
+
+def target_modules(config: AdapterConfig, model: nn.Module) -> str | list[str]:
+    """Names for PEFT, which knows what all-linear means in a transformers model only."""
+    if ALL_LINEAR not in config.target_modules:
+        return list(config.target_modules)
+    if isinstance(model, PreTrainedModel):
+        return ALL_LINEAR
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != PLAIN_HEAD]
 
 
 def check_targets(model: nn.Module, config: AdapterConfig) -> None:
@@ -162,12 +178,18 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     return torch.stack(terms).sum()
 
 
+def kind_of(model: PeftModel) -> str:
+    """lora, queryable, or the PEFT method's name in small letters."""
+    active = model.peft_config[model.active_adapters[0]]
+    return active.peft_type.value.lower() if memory_of(model) is None else "queryable"
+
+
 def describe(model: PeftModel) -> dict[str, Any]:
     """Facts about the adapter: kind, adapted layers, trainable parameters and, with a memory, its parts."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = memory_of(model)
     facts: dict[str, Any] = {
-        "kind": "lora" if memory is None else "queryable",
+        "kind": kind_of(model),
         "adapted_layers": len(model.base_model.targeted_module_names),
         "trainable_parameters": trainable,
     }

@@ -11,7 +11,7 @@ class AdapterConfig:
     """Options that every adapter has."""
 
     kind: str = "lora"
-    """lora or queryable."""
+    """lora, queryable or peft (any other method of PEFT)."""
     r: int = 16
     """Rank of the low-rank factors."""
     alpha: float | None = None
@@ -86,4 +86,18 @@ class QueryableConfig(AdapterConfig):
     """Share of the run's steps after which the final values are reached."""
 
 
-ADAPTERS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "queryable": QueryableConfig}
+@dataclass
+class MethodConfig(AdapterConfig):
+    """Any other method of PEFT, as a baseline: DoRA, VeRA, VB-LoRA, Lily, RandLoRA, ...
+
+    ``r`` is the method's if it has one; ``alpha`` and ``dropout`` are handed on where they are set.
+    """
+
+    kind: str = "peft"
+    method: str = "dora"
+    """PEFT's name of the method (its PeftType, in small letters), or dora."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further options of the method's PEFT config, such as {num_vectors: 90}; the rest are PEFT's defaults."""
+
+
+ADAPTERS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "queryable": QueryableConfig, "peft": MethodConfig}

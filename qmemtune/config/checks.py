@@ -13,6 +13,10 @@ Problem = tuple[str, str, str | None]
 Check = Callable[[Config], Iterator[Problem]]
 CHECKS: list[Check] = []
 
+GENERATED_MLP = "generated:mlp"
+NOISY_REGRESSION = "generated:noisy_regression"
+BOTH = "use recipe=regression_noisy, or model=mlp data=regression together"
+
 
 def check(function: Check) -> Check:
     """Add a check."""
@@ -55,6 +59,14 @@ AT_LEAST_ONE = (
     "evaluation.samples.count",
     "evaluation.samples.max_new_tokens",
     "evaluation.tasks_limit",
+    "model.mlp.width",
+    "model.mlp.depth",
+    "data.regression.rows",
+    "data.regression.heldout_rows",
+    "data.regression.inputs",
+    "data.regression.outputs",
+    "data.regression.regions",
+    "data.regression.correction_rank",
     "export.calibration_rows",
     "export.fidelity_rows",
 )
@@ -75,6 +87,11 @@ NOT_NEGATIVE = (
     "data.max_rejected",
     "seed",
     "data.split_seed",
+    "model.mlp.pretrain_steps",
+    "data.regression.noise_std",
+    "data.regression.correction_std",
+    "data.regression.sharpness",
+    "data.regression.seed",
 )
 NOT_NEGATIVE_QUERYABLE = (
     "adapter.init_core_std",
@@ -279,6 +296,26 @@ def names(c: Config) -> Iterator[Problem]:
 def uses_prior(adapter: QueryableConfig) -> bool:
     """Whether instructions have an effect at any point of the run."""
     return bool(adapter.instruction_prior or adapter.instruction_prior_final)
+
+
+@check
+def regression(c: Config) -> Iterator[Problem]:
+    model, data = c.model.path == GENERATED_MLP, c.data.path == NOISY_REGRESSION
+    if model and not data and c.data.path != MISSING:
+        yield "data.path", f"{GENERATED_MLP} is the base of a regression, and {c.data.path} holds text", BOTH
+    if data and not model and c.model.path != MISSING:
+        yield "model.path", f"{NOISY_REGRESSION} is a regression, and {c.model.path} a language model", BOTH
+    if model and c.quantization.kind != "none":
+        yield "quantization.kind", f"{GENERATED_MLP} has no quantised form", "set quantization=none"
+    if model and c.evaluation.exact_match.enabled:
+        yield "evaluation.exact_match.enabled", "a regression generates no answers", "set it to false"
+    if model and c.trainer.gradient_checkpointing:
+        yield "trainer.gradient_checkpointing", f"{GENERATED_MLP} has no such mode", "set it to false"
+
+
+def is_regression(c: Config) -> bool:
+    """Whether the run is a regression on generated rows and not a language model's."""
+    return c.model.path == GENERATED_MLP
 
 
 def has_heldout(c: Config) -> bool:

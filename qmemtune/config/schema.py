@@ -16,11 +16,24 @@ MISSING: str = "???"
 
 
 @dataclass
+class MlpConfig:
+    """model.path=generated:mlp only: the base of a regression, trained on the first function."""
+
+    width: int = 64
+    """Units of each hidden layer."""
+    depth: int = 4
+    """Hidden layers."""
+    pretrain_steps: int = 3000
+    """Optimizer steps on the first function, without noise."""
+
+
+@dataclass
 class ModelConfig:
     """The base model and its tokenizer."""
 
     path: str = MISSING
-    """Hub id, local folder, GGUF file, or package:NAME/FILE (a file inside an installed Python package)."""
+    """Hub id, local folder, GGUF file, package:NAME/FILE (a file inside an installed Python package), or
+    generated:mlp (a regression's base)."""
     revision: str | None = None
     """Hub revision: a branch, tag or commit."""
     tokenizer: str | None = None
@@ -33,6 +46,7 @@ class ModelConfig:
     """Attention kernel: sdpa, eager, flash_attention_2, ...; transformers' choice if not set."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code on this machine."""
+    mlp: MlpConfig = field(default_factory=MlpConfig)
 
 
 @dataclass
@@ -46,6 +60,32 @@ class QuantizationConfig:
     dequantized_copies: Literal["auto", "never"] = "auto"
     """4-bit on a CPU: auto keeps a dequantised copy of each weight while training and generating, when all copies fit
     into a quarter of the free memory: the same numbers in less time, for more memory."""
+
+
+@dataclass
+class RegressionDataConfig:
+    """data.path=generated:noisy_regression only: a function to adapt to, and noisy rows of it."""
+
+    rows: int = 20_000
+    """Training rows."""
+    noise_std: float = 0.3
+    """Standard deviation of the noise on training targets; held-out targets have none."""
+    heldout_rows: int = 4_096
+    """Held-out rows."""
+    inputs: int = 16
+    """Width of an input; inputs are standard normal."""
+    outputs: int = 1
+    """Width of a target; the first function's outputs have unit variance."""
+    regions: int = 8
+    """Regions of the input space, each with a correction of its own."""
+    correction_rank: int = 2
+    """Directions of the input that a region's correction depends on."""
+    correction_std: float = 1.0
+    """Standard deviation of the correction: the second function less the first."""
+    sharpness: float = 4.0
+    """How sharply regions are divided: a factor on the logits of their soft borders."""
+    seed: int | None = None
+    """Seed of functions, rows and noise; the run's seed if not set."""
 
 
 @dataclass
@@ -94,6 +134,7 @@ class DataConfig:
     """Stop when more rows than this are unusable: a share below 1, else a count."""
     group_by: str | None = None
     """Column whose values split evaluation results into groups."""
+    regression: RegressionDataConfig = field(default_factory=RegressionDataConfig)
 
 
 @dataclass

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
-from qmemtune.config.schema import EvaluationConfig
 from qmemtune.engine.interrupt import StopRequest
 from qmemtune.engine.metrics_log import JsonLines
-from qmemtune.evaluation.evaluate import draw_samples, evaluate
+from qmemtune.engine.task import Task
 
 
 class Abandoned(Exception):
@@ -21,19 +18,13 @@ class Abandoned(Exception):
 
 @dataclass
 class HeldOut:
-    """Held-out rows and how to measure them.
+    """A task's held-out rows, each thing about them measured once.
 
     Every process measures all rows, so that none waits at a barrier for longer than its time-out; the first one's
     numbers count.
     """
 
-    rows: Sequence[Any]
-    tokenizer: Any
-    config: EvaluationConfig
-    source: Any
-    """The adapter's instruction source."""
-    device: torch.device
-    dtype: torch.dtype
+    task: Task
     samples: JsonLines
     stop: StopRequest
     world_size: int = 1
@@ -41,29 +32,19 @@ class HeldOut:
     """Results of this process, by step and whether exact match was measured."""
 
     def __bool__(self) -> bool:
-        return len(self.rows) > 0
+        return len(self.task.heldout) > 0
 
     def known(self, step: int, *, exact_match: bool) -> dict[str, Any] | None:
         """What was measured at a step before, if it holds what is asked for."""
         return self.measured.get((step, True)) or self.measured.get((step, exact_match))
 
-    def measure(self, model: Any, step: int, *, exact_match: bool) -> dict[str, Any]:
-        """Loss, perplexity and, if asked, exact match of the model, which holds the adapter of ``step``.
+    def measure(self, step: int, *, exact_match: bool) -> dict[str, Any]:
+        """The task's metrics, with exact match if asked, of its model, which holds the adapter of ``step``.
 
         Raises:
             Abandoned: a signal asked to stop.
         """
-        result = evaluate(
-            model,
-            self.tokenizer,
-            self.rows,
-            self.config,
-            source=self.source,
-            device=self.device,
-            dtype=self.dtype,
-            exact_match=exact_match,
-            progress=self._go_on,
-        ).as_dict()
+        result = self.task.evaluate(exact_match=exact_match, progress=self._go_on)
         if self.world_size > 1:
             box = [result]
             broadcast_object_list(box)
@@ -71,13 +52,10 @@ class HeldOut:
         self.measured[step, exact_match] = result
         return result
 
-    def write_samples(self, model: Any, step: int) -> None:
+    def write_samples(self, step: int) -> None:
         """Answer a few held-out rows and append them to samples.jsonl."""
-        answered = draw_samples(
-            model, self.tokenizer, self.rows, self.config, source=self.source, device=self.device, dtype=self.dtype
-        )
-        for sample in answered:
-            self.samples.write({"step": step, **sample.as_dict()})
+        for sample in self.task.samples():
+            self.samples.write({"step": step, **sample})
 
     def _go_on(self, what: str, done: int, total: int) -> None:
         # One process of several must not leave the others waiting for its numbers.

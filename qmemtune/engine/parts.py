@@ -1,9 +1,8 @@
-"""What a trainer works with besides model and arguments."""
+"""What a trainer works with besides its arguments."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch.utils.data import Sampler
 
@@ -14,6 +13,7 @@ from qmemtune.engine.interrupt import StopRequest
 from qmemtune.engine.metrics_log import JsonLines
 from qmemtune.engine.progress import Progress
 from qmemtune.engine.steps import StepCount
+from qmemtune.engine.task import Task
 from qmemtune.engine.totals import Totals
 
 
@@ -23,8 +23,7 @@ class Parts:
 
     config: Config
     sampler: Sampler[int]
-    source: Any
-    """The adapter's instruction source."""
+    task: Task
     heldout: HeldOut
     steps: StepCount
     metrics: JsonLines

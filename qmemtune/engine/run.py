@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
-from qmemtune.adapters import describe
+from qmemtune.adapters import check_method, describe
 from qmemtune.config.compose import Composed
 from qmemtune.config.dump import to_yaml
 from qmemtune.config.schema import Config
-from qmemtune.data.collate import Collator
-from qmemtune.data.prepare import PreparedData
-from qmemtune.data.sampler import LengthGroupedSampler
 from qmemtune.engine import checkpoints
 from qmemtune.engine.arguments import refuse_data_parallel, settle, training_arguments
 from qmemtune.engine.best import Best
@@ -31,9 +26,10 @@ from qmemtune.engine.metrics_log import JsonLines, plain
 from qmemtune.engine.parallel import from_first
 from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.engine.resume import check_resumable
-from qmemtune.engine.sampler import SeededRandomSampler
-from qmemtune.engine.setup import Materials, build
+from qmemtune.engine.setup import build
+from qmemtune.engine.shared import Loads
 from qmemtune.engine.steps import StepCount, count_steps
+from qmemtune.engine.task import Task
 from qmemtune.engine.totals import Totals
 from qmemtune.engine.tracking import check_backends, use_folder
 from qmemtune.engine.trainer import Parts, RunTrainer
@@ -41,12 +37,13 @@ from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.rundir import RunDir, write_json
 
 
-def train(composed: Composed, *, progress: Progress | None = None) -> dict[str, Any]:
+def train(composed: Composed, *, progress: Progress | None = None, loads: Loads | None = None) -> dict[str, Any]:
     """Train an adapter and write the run folder.
 
     Args:
         composed: the run's config.
         progress: is told what happens; in the first process only.
+        loads: what earlier runs of this process loaded, to be used again where it is the same.
 
     Returns:
         The summary that summary.json holds.
@@ -59,6 +56,7 @@ def train(composed: Composed, *, progress: Progress | None = None) -> dict[str, 
     config = composed.config
     refuse_data_parallel()
     check_backends(config.tracking)
+    notes = check_method(config.adapter)
     device = pick_device()
     dtype = compute_dtype(config.model.compute_dtype, device)
     args = training_arguments(config, device=device, dtype=dtype)
@@ -67,20 +65,20 @@ def train(composed: Composed, *, progress: Progress | None = None) -> dict[str, 
         progress = SilentProgress()
     opened = from_first(lambda: open_run(config), args)
     run = opened.run
-    for note in opened.notes:
+    for note in [*notes, *opened.notes]:
         progress.message(note)
     if first:
         open_folder(opened, composed, args)
-    materials = build(config, args, device=args.device, rejected=run.rejected if first else None)
+    task = build(config, args, dtype=dtype, rejected=run.rejected if first else None, loads=loads or Loads())
     if first:
-        run.config.write_text(to_yaml(with_form(config, materials.data)), encoding="utf-8")
-    for line in materials.data.report.lines():
+        run.config.write_text(to_yaml(task.resolved(config)), encoding="utf-8")
+    for line in task.report.lines():
         progress.message(line)
-    steps = count_steps(len(materials.data.train), config.trainer, config.optimizer, world_size=args.world_size)
+    steps = count_steps(len(task.rows), config.trainer, config.optimizer, world_size=args.world_size)
     settle(args, run, steps)
     use_folder(config.tracking, run)
     with listening() as stop:
-        trainer = make_trainer(config, args, materials, run, steps, progress, stop, opened)
+        trainer = make_trainer(config, args, task, run, steps, progress, stop, opened)
         progress.start(
             steps.total,
             {
@@ -88,13 +86,13 @@ def train(composed: Composed, *, progress: Progress | None = None) -> dict[str, 
                 "first_step": opened.checkpoint.step if opened.checkpoint else 0,
                 "device": str(args.device),
                 "dtype": str(dtype).removeprefix("torch."),
-                "rows": len(materials.data.train),
-                "total_parameters": sum(p.numel() for p in materials.model.parameters()),
-                **describe(materials.model),
+                "rows": len(task.rows),
+                "total_parameters": sum(p.numel() for p in task.model.parameters()),
+                **describe(task.model),
             },
         )
         try:
-            go(trainer, materials, opened)
+            go(trainer, task, opened)
         finally:
             progress.finish()
         if trainer.interrupted:
@@ -104,8 +102,8 @@ def train(composed: Composed, *, progress: Progress | None = None) -> dict[str, 
                 fix=f"go on with: {resume_command(sys.argv, run)}",
                 signum=stop.signum or 15,
             )
-    save_adapter(trainer, materials, run)
-    summary = summarise(trainer, materials, run)
+    save_adapter(trainer, task, run)
+    summary = summarise(trainer, task, run)
     if first:
         write_json(run.summary, summary)
     if args.world_size > 1:
@@ -127,20 +125,10 @@ def open_folder(opened: Opened, composed: Composed, args: TrainingArguments) -> 
     checkpoints.remove_later(run.checkpoints, step)
 
 
-def with_form(config: Config, data: PreparedData) -> Config:
-    """The config with the row form that was recognised, so that prompts are rendered alike without the rows."""
-    forms = {source.form for source in data.report.sources}
-    if config.data.format != "auto" or forms != {data.format}:
-        # Training and held-out rows of different forms: each has to be recognised again.
-        return config
-    form = cast(Literal["alpaca", "prompt_completion", "messages"], data.format)
-    return replace(config, data=replace(config.data, format=form))
-
-
 def make_trainer(
     config: Config,
     args: TrainingArguments,
-    materials: Materials,
+    task: Task,
     run: RunDir,
     steps: StepCount,
     progress: Progress,
@@ -148,37 +136,28 @@ def make_trainer(
     opened: Opened,
 ) -> RunTrainer:
     """Put the trainer together; with a checkpoint, after checking that it fits."""
-    rows, tokenizer = materials.data.train, materials.tokenizer
     first = args.process_index == 0
     totals, best = Totals(), Best(config.trainer.keep_best)
     if opened.checkpoint is not None:
         check_resumable(
             opened.checkpoint,
-            materials.model,
+            task.model,
             world_size=args.world_size,
             rows_per_step=steps.rows_per_step,
             sharded=is_sharded(args),
         )
         totals = Totals.load(opened.checkpoint.path)
         best = Best.load(opened.checkpoint.path, keep_weights=config.trainer.keep_best)
-    sampler: Sampler[int] = SeededRandomSampler(len(rows), config.seed)
-    if config.trainer.length_grouping:
-        sampler = LengthGroupedSampler(rows.lengths, args.per_device_train_batch_size * args.world_size, config.seed)
     heldout = HeldOut(
-        rows=materials.data.heldout,
-        tokenizer=tokenizer,
-        config=config.evaluation,
-        source=materials.source,
-        device=args.device,
-        dtype=compute_dtype(config.model.compute_dtype, args.device),
+        task=task,
         samples=JsonLines(run.samples, enabled=first),
         stop=stop,
         world_size=args.world_size,
     )
     parts = Parts(
         config=config,
-        sampler=sampler,
-        source=materials.source,
+        sampler=task.sampler(config, args.world_size),
+        task=task,
         heldout=heldout,
         steps=steps,
         metrics=JsonLines(run.metrics, enabled=first),
@@ -187,7 +166,7 @@ def make_trainer(
         totals=totals,
         best=best,
     )
-    return RunTrainer(materials.model, args, Collator(tokenizer.pad_token_id), rows, parts)
+    return RunTrainer(args, parts)
 
 
 def is_sharded(args: TrainingArguments) -> bool:
@@ -197,7 +176,7 @@ def is_sharded(args: TrainingArguments) -> bool:
     )
 
 
-def go(trainer: RunTrainer, materials: Materials, opened: Opened) -> None:
+def go(trainer: RunTrainer, task: Task, opened: Opened) -> None:
     """Train, or, when the checkpoint holds the last step already, only load it and finish."""
     if opened.checkpoint is None:
         trainer.train()
@@ -208,25 +187,25 @@ def go(trainer: RunTrainer, materials: Materials, opened: Opened) -> None:
             f"all {trainer.parts.steps.total} steps are done already: nothing is trained "
             "(a larger trainer.max_steps or trainer.num_train_epochs goes on)"
         )
-        model = materials.model
+        model = task.model
         model.load_adapter(str(opened.checkpoint.path), model.active_adapters[0], is_trainable=True)
         trainer.state.global_step = opened.checkpoint.step
         trainer.finish()
 
 
-def save_adapter(trainer: RunTrainer, materials: Materials, run: RunDir) -> None:
-    """Write the final adapter and the tokenizer; a reader sees the old folder or the whole new one."""
+def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
+    """Write the final adapter and the tokenizer, if there is one; a reader sees the old folder or the whole new one."""
     beside = run.adapter.with_name(run.adapter.name + ".tmp")
     trainer.save_model(str(beside), _internal_call=True)
     if trainer.args.should_save:
         (beside / "training_args.bin").unlink(missing_ok=True)
-        materials.tokenizer.save_pretrained(beside)
+        task.save_beside(beside)
         shutil.rmtree(run.adapter, ignore_errors=True)
         Path(beside).rename(run.adapter)
     trainer.accelerator.wait_for_everyone()
 
 
-def summarise(trainer: RunTrainer, materials: Materials, run: RunDir) -> dict[str, Any]:
+def summarise(trainer: RunTrainer, task: Task, run: RunDir) -> dict[str, Any]:
     """What ``train`` reports."""
     totals, first_step = trainer.parts.totals, trainer.first_step_done_s
     return plain(
@@ -235,8 +214,8 @@ def summarise(trainer: RunTrainer, materials: Materials, run: RunDir) -> dict[st
             "steps": trainer.state.global_step,
             "train_loss": totals.train_loss,
             "eval": trainer.final_metrics,
-            **{k: v for k, v in describe(materials.model).items() if k != "kind"},
-            "adapter_kind": describe(materials.model)["kind"],
+            **{k: v for k, v in describe(task.model).items() if k != "kind"},
+            "adapter_kind": describe(task.model)["kind"],
             "tokens": totals.run.tokens,
             "tokens_per_s": totals.tokens_per_s,
             "step_s_median": totals.step_s_median,
@@ -250,6 +229,6 @@ def summarise(trainer: RunTrainer, materials: Materials, run: RunDir) -> dict[st
             "final_step": trainer.final_step,
             "adapter": str(run.adapter),
             "device": str(trainer.args.device),
-            "data": materials.data.report.as_dict(),
+            "data": task.report.as_dict(),
         }
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,11 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from qmemtune.adapters import auxiliary_loss, parameter_groups, prompts_of
+from qmemtune.adapters import parameter_groups
 from qmemtune.adapters.queryable.statistics import RouteUse
-from qmemtune.data.rows import IGNORED
 from qmemtune.engine import checkpoints
-from qmemtune.engine.counts import instructed_tokens, step_counts
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.heldout import Abandoned
-from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.parts import Parts as Parts
 from qmemtune.engine.prior_schedule import PriorSchedule
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
@@ -34,14 +31,11 @@ class RunTrainer(Trainer):
     """Trains an adapter.
 
     Args:
-        model: the PEFT model.
         args: from :func:`qmemtune.engine.arguments.training_arguments`.
-        collator: rows to batches; a batch carries ``instruction`` beside its tensors.
-        rows: training rows.
-        parts: everything else.
+        parts: the task and everything else.
     """
 
-    # The loss is normalised over the labelled tokens of the whole step, in all processes.
+    # The loss is normalised over the items (labelled tokens) of the whole step, in all processes.
     loss_is_scaled_for_ga = True
 
     # Trainer sets these; its module is not typed.
@@ -49,24 +43,21 @@ class RunTrainer(Trainer):
     control: Any
     state: Any
 
-    def __init__(
-        self, model: nn.Module, args: TrainingArguments, collator: Any, rows: Sequence[Any], parts: Parts
-    ) -> None:
+    def __init__(self, args: TrainingArguments, parts: Parts) -> None:
         self.parts = parts
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=rows)
+        task = parts.task
+        super().__init__(model=task.model, args=args, data_collator=task.collator, train_dataset=task.rows)
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         # Before the logging back-ends, which close when training ends: the last evaluation is theirs too.
         self.callback_handler.callbacks.insert(0, Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
-        with parts.source.context([""]):
-            self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
-        self.router = RouterWatch(model, parts.config)
-        self.prior_schedule = PriorSchedule(model, parts.config.adapter, parts.steps.total)
+        self.router = RouterWatch(task.model, parts.config)
+        self.prior_schedule = PriorSchedule(task.model, parts.config.adapter, parts.steps.total)
         self._stopwatch = Stopwatch()
-        # Cross-entropy, and all that is trained on (with the adapter's own term).
+        # The task's loss, and all that is trained on (with the adapter's own term).
         self._step_losses = torch.zeros(2, device=args.device)
-        # Labelled tokens, real ones, and real ones of rows with an instruction, in all processes.
-        self._step_tokens = torch.ones(3, dtype=torch.long, device=args.device)
+        # What Task.count counts, in all processes.
+        self._step_counts = torch.ones(3, dtype=torch.long, device=args.device)
         self._loss = 0.0
         self._stopping = False
         self._end_abandoned = False
@@ -98,34 +89,31 @@ class RunTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The batches of one optimizer step, and the labelled tokens in them over all processes."""
+        """The batches of one optimizer step, and the items in them over all processes."""
         self._stopwatch.start()
         self.router.begin(self.state.global_step + 1)
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        self._step_tokens = self.accelerator.reduce(step_counts(batches).to(device), "sum")
-        return batches, self._step_tokens[0].clamp(min=1)
+        counts = torch.stack([self.parts.task.count(batch) for batch in batches]).sum(dim=0)
+        self._step_counts = self.accelerator.reduce(counts.to(device), "sum")
+        return batches, self._step_counts[0].clamp(min=1)
 
     # Loss and optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Cross-entropy summed over this batch's labels, divided by the labelled tokens of the whole step.
+        """The task's loss summed over this batch's items, divided by the items of the whole step.
 
         The adapter's own term is added. Gradients are averaged over processes, so each multiplies by their number.
         """
-        inputs = dict(inputs)
-        # The adapter's term is a mean over real tokens of rows with an instruction: weigh it by their share.
-        share = instructed_tokens(inputs) / self._step_tokens[2].clamp(min=1)
-        instructions = inputs.pop("instruction")
-        prompts = prompts_of(self.parts.source.memory, inputs["labels"], IGNORED)
-        with self.parts.source.context(instructions), prompts, self.labelled_loss.installed():
-            loss_sum, auxiliary = model(**inputs)
-        cross_entropy = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
-        loss = cross_entropy + auxiliary * (self.accelerator.num_processes * share)
-        self._step_losses += torch.stack([cross_entropy.detach(), loss.detach()])
+        # The adapter's term is a mean over some of the batch's tokens: weigh it by their share.
+        share = self.parts.task.count(inputs)[2] / self._step_counts[2].clamp(min=1)
+        loss_sum, auxiliary = self.parts.task.loss(model, inputs)
+        main = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
+        loss = main + auxiliary * (self.accelerator.num_processes * share)
+        self._step_losses += torch.stack([main.detach(), loss.detach()])
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -160,7 +148,7 @@ class RunTrainer(Trainer):
         seconds = self._stopwatch.seconds
         if self.first_step_done_s is None:
             self.first_step_done_s = round(seconds_since_start(), 3)
-        self.parts.totals.add(self._loss, int(self._step_tokens[1].item()), seconds)
+        self.parts.totals.add(self._loss, int(self._step_counts[1].item()), seconds)
         self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
         if use is not None:
             self._log_routes(use)
@@ -244,7 +232,7 @@ class RunTrainer(Trainer):
         """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
         step = self.state.global_step
         if due.samples:
-            self.parts.heldout.write_samples(self.model, step)
+            self.parts.heldout.write_samples(step)
         if not (due.loss or due.exact_match):
             return {}
         metrics = self.measure_as(step, exact_match=due.exact_match)
@@ -256,7 +244,7 @@ class RunTrainer(Trainer):
         known = self.parts.heldout.known(step, exact_match=exact_match)
         if known is not None:
             return known
-        metrics = self.parts.heldout.measure(self.model, step, exact_match=exact_match)
+        metrics = self.parts.heldout.measure(step, exact_match=exact_match)
         self.log({f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
         line = {"event": "evaluation", "step": step, **metrics}
         self.parts.metrics.write(line)

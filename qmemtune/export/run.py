@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import InstructionSource
+from qmemtune.config.adapters import MethodConfig
 from qmemtune.config.schema import Config
 from qmemtune.data.prepare import prepare_data, prepare_heldout
 from qmemtune.engine.progress import Progress, SilentProgress
@@ -55,6 +56,12 @@ def export_run(run: RunDir, config: Config, *, progress: Progress | None = None)
     Raises:
         UserError: the run has no adapter, or the destination cannot be written.
     """
+    if isinstance(config.adapter, MethodConfig):
+        raise UserError(
+            "adapter=peft is for comparisons and has no export of its own",
+            where=str(run.adapter),
+            fix="that folder is a PEFT adapter already: PeftModel.from_pretrained loads it",
+        )
     start = time.perf_counter()
     progress = progress or SilentProgress()
     form = config.export.format

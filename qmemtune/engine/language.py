@@ -1,0 +1,117 @@
+"""Fine-tuning a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from qmemtune.adapters import InstructionSource, auxiliary_loss, prompts_of
+from qmemtune.config.schema import Config
+from qmemtune.data.collate import Collator
+from qmemtune.data.prepare import PreparedData
+from qmemtune.data.rows import IGNORED
+from qmemtune.data.sampler import LengthGroupedSampler
+from qmemtune.data.targets import count_targets
+from qmemtune.engine.loss import LabelledLoss
+from qmemtune.engine.task import Batch, Task
+from qmemtune.evaluation.evaluate import draw_samples, evaluate
+
+
+class LanguageTask(Task):
+    """Next-token prediction at labelled positions, measured by held-out loss and exact match.
+
+    Args:
+        model: the adapted model.
+        tokenizer: its tokenizer.
+        data: tokenised rows.
+        config: the run.
+        device: where the model is.
+        dtype: of the arithmetic.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: Any,
+        data: PreparedData,
+        config: Config,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.tokenizer, self.data = model, tokenizer, data
+        self.rows, self.heldout, self.report = data.train, data.heldout, data.report
+        self.config, self.device, self.dtype = config.evaluation, device, dtype
+        self.source = InstructionSource(model, tokenizer)
+        self.collator = Collator(tokenizer.pad_token_id)
+        with self.source.context([""]):
+            self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
+
+    def count(self, batch: Batch) -> Tensor:
+        """Labelled tokens, real tokens, and real tokens of rows with an instruction."""
+        mask: Tensor = batch["attention_mask"]
+        instructed = torch.tensor([bool(text) for text in batch["instruction"]], device=mask.device)
+        return torch.stack([count_targets(batch["labels"]), mask.sum(), mask[instructed].sum()])
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over labelled tokens."""
+        inputs = dict(batch)
+        instructions = inputs.pop("instruction")
+        prompts = prompts_of(self.source.memory, inputs["labels"], IGNORED)
+        with self.source.context(instructions), prompts, self.labelled_loss.installed():
+            loss_sum, auxiliary = model(**inputs)
+        return loss_sum, auxiliary
+
+    def evaluate(self, *, exact_match: bool, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+        """See :func:`qmemtune.evaluation.evaluate.evaluate`."""
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            self.heldout,
+            self.config,
+            source=self.source,
+            device=self.device,
+            dtype=self.dtype,
+            exact_match=exact_match,
+            progress=progress,
+        ).as_dict()
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Generated answers to a few held-out rows."""
+        answered = draw_samples(
+            self.model,
+            self.tokenizer,
+            self.heldout,
+            self.config,
+            source=self.source,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        return [sample.as_dict() for sample in answered]
+
+    def sampler(self, config: Config, world_size: int) -> Sampler[int]:
+        """Rows of like length together, or at random."""
+        if not config.trainer.length_grouping:
+            return super().sampler(config, world_size)
+        rows_at_a_time = config.trainer.per_device_train_batch_size * world_size
+        return LengthGroupedSampler(self.data.train.lengths, rows_at_a_time, config.seed)
+
+    def resolved(self, config: Config) -> Config:
+        """The config with the row form that was recognised, so that prompts are rendered alike without the rows."""
+        forms = {source.form for source in self.data.report.sources}
+        if config.data.format != "auto" or forms != {self.data.format}:
+            # Training and held-out rows of different forms: each has to be recognised again.
+            return config
+        form = cast(Literal["alpaca", "prompt_completion", "messages"], self.data.format)
+        return replace(config, data=replace(config.data, format=form))
+
+    def save_beside(self, folder: Path) -> None:
+        """The tokenizer."""
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Comparisons over seeds and settings, made of ordinary runs, with paired statistics."""
