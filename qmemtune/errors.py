@@ -63,3 +63,7 @@ class RunFailed(UserError):
     """Something failed that is not the user's mistake (exit code 1)."""
 
     exit_code = 1
+
+
+class Diverged(RunFailed):
+    """The loss of a run is no longer a number."""

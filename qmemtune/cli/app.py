@@ -16,6 +16,7 @@ from qmemtune.cli.generate import generate
 from qmemtune.cli.inspect import inspect
 from qmemtune.cli.merge_export import merge_export
 from qmemtune.cli.recipes import recipes
+from qmemtune.cli.study import study
 from qmemtune.cli.train import train
 from qmemtune.errors import UserError
 
@@ -33,6 +34,7 @@ app.command("eval")(evaluate)
 app.command("merge-export")(merge_export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("study")(study)
 app.command("recipes")(recipes)
 app.command("config")(config)
 

@@ -207,6 +207,8 @@ def needs_evaluation(c: Config) -> Iterator[Problem]:
 def needs_heldout(c: Config) -> Iterator[Problem]:
     if has_heldout(c):
         return
+    if c.evaluation.at_start:
+        yield "evaluation.at_start", "needs held-out rows, and none are held out", "set data.eval_path"
     for key in ("evaluation.every_steps", "evaluation.exact_match.every_steps", "evaluation.samples.every_steps"):
         if _value(c, key) is not None:
             yield key, "needs held-out rows, and none are held out", "set data.eval_path or data.eval_fraction"

@@ -230,6 +230,8 @@ class EvaluationConfig:
 
     every_steps: int | None = None
     """Held-out loss during training, every so many optimizer steps; if not set, at the end only."""
+    at_start: bool = False
+    """Held-out loss before the first step too: that of the base itself."""
     at_end: bool = True
     """Evaluate once more after the last step."""
     per_device_eval_batch_size: int = 16

@@ -1,22 +1,24 @@
 """Data sets the project makes itself, from a fixed seed: ``data.path=generated:NAME``.
 
 ``word_lists`` mixes instruction families that want different things of the same kind of input. The words are single
-tokens in most byte-level vocabularies, so rows are short; the answers are exact. A change to the rows it makes is a new
-name: results stay comparable.
+tokens in most byte-level vocabularies, so rows are short; the answers are exact. ``word_lists_hard`` asks for twelve
+things by made-up words. A change to the rows a name makes is a new name: results stay comparable.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qmemtune.data.paraphrased import paraphrased
 
 Row = dict[str, str]
+Families = Mapping[str, tuple[str, Callable[[list[str]], list[str]]]]
+"""Family -> its instruction, and what it does to the words."""
 
 WORDS = ("ant bag bed cat cup dog ear egg fox hat ice jam key leg log map net oak pig rat sea sun tea van").split()
 
-FAMILIES: dict[str, tuple[str, Callable[[list[str]], list[str]]]] = {
+FAMILIES: Families = {
     "reverse": ("Reverse", lambda w: w[::-1]),
     "sort": ("Sort", lambda w: sorted(w)),
     "rotate": ("Rotate", lambda w: w[1:] + w[:1]),
@@ -26,42 +28,76 @@ FAMILIES: dict[str, tuple[str, Callable[[list[str]], list[str]]]] = {
     "initials": ("Initials", lambda w: [x[0] for x in w]),
     "drop": ("Drop second", lambda w: [w[0], *w[2:]]),
 }
-"""Family -> its instruction, and what it does to the words."""
+
+# Words that mean nothing: what they ask for can only be learned from the rows, so that twelve families compete for
+# few directions and LoRA of a low rank does not learn all of them.
+HARD_FAMILIES: Families = {
+    "reverse": ("Zorp", lambda w: w[::-1]),
+    "sort": ("Blick", lambda w: sorted(w)),
+    "sort_down": ("Trund", lambda w: sorted(w, reverse=True)),
+    "rotate": ("Vemp", lambda w: w[1:] + w[:1]),
+    "rotate_back": ("Quash", lambda w: w[-1:] + w[:-1]),
+    "swap_ends": ("Frob", lambda w: [w[-1], *w[1:-1], w[0]]),
+    "swap_pairs": ("Glim", lambda w: [w[1], w[0], w[3], w[2]]),
+    "swap_halves": ("Dwell", lambda w: w[2:] + w[:2]),
+    "double_last": ("Yark", lambda w: [*w, w[-1]]),
+    "drop_second": ("Plim", lambda w: [w[0], *w[2:]]),
+    "initials": ("Snar", lambda w: [x[0] for x in w]),
+    "spell_last": ("Krill", lambda w: list(w[-1])),
+}
 
 NUM_WORDS = 4
 TRAIN_ROWS = 4_000
+HARD_TRAIN_ROWS = 8_000
 HELDOUT_ROWS_A_FAMILY = 20
+HARD_HELDOUT_ROWS_A_FAMILY = 40
 
 
 def word_lists() -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows of the eight families, mixed evenly.
+    """Training and held-out rows of eight families with plain instructions."""
+    return mixed(FAMILIES, seed=20261, train_rows=TRAIN_ROWS, heldout_rows=HELDOUT_ROWS_A_FAMILY)
+
+
+def word_lists_hard() -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows of twelve families whose instructions are made-up words."""
+    return mixed(HARD_FAMILIES, seed=20262, train_rows=HARD_TRAIN_ROWS, heldout_rows=HARD_HELDOUT_ROWS_A_FAMILY)
+
+
+def mixed(kinds: Families, *, seed: int, train_rows: int, heldout_rows: int) -> tuple[list[Row], list[Row]]:
+    """Rows of several families, mixed evenly.
 
     No set of words of a held-out row occurs in training, in whatever order and with whatever instruction.
+
+    Args:
+        kinds: the families.
+        seed: of words and order.
+        train_rows: in all.
+        heldout_rows: of each family.
 
     Returns:
         rows with ``instruction``, ``prompt``, ``completion`` and ``family``.
     """
-    rng = random.Random(20261)
+    rng = random.Random(seed)
     heldout_inputs: set[frozenset[str]] = set()
     heldout: list[Row] = []
-    for family in FAMILIES:
-        for _ in range(HELDOUT_ROWS_A_FAMILY):
+    for family in kinds:
+        for _ in range(heldout_rows):
             words = rng.sample(WORDS, NUM_WORDS)
             heldout_inputs.add(frozenset(words))
-            heldout.append(_row(family, words))
+            heldout.append(_row(kinds, family, words))
     train: list[Row] = []
-    families = list(FAMILIES)
-    while len(train) < TRAIN_ROWS:
+    families = list(kinds)
+    while len(train) < train_rows:
         words = rng.sample(WORDS, NUM_WORDS)
         if frozenset(words) not in heldout_inputs:
-            train.append(_row(families[len(train) % len(families)], words))
+            train.append(_row(kinds, families[len(train) % len(families)], words))
     rng.shuffle(train)
     rng.shuffle(heldout)
     return train, heldout
 
 
-def _row(family: str, words: list[str]) -> Row:
-    instruction, function = FAMILIES[family]
+def _row(kinds: Families, family: str, words: list[str]) -> Row:
+    instruction, function = kinds[family]
     return {
         "instruction": instruction,
         "prompt": f"{instruction}: {' '.join(words)} ->",
@@ -77,6 +113,7 @@ def word_lists_paraphrased() -> tuple[list[Row], list[Row]]:
 
 GENERATED: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
     "word_lists": word_lists,
+    "word_lists_hard": word_lists_hard,
     "word_lists_paraphrased": word_lists_paraphrased,
 }
 """Name -> function that makes the training and the held-out rows."""

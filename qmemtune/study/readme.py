@@ -1,0 +1,75 @@
+"""The studies' section of README.md, made from the JSON files in benchmarks/studies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qmemtune.errors import UserError
+from qmemtune.rundir import read_json
+from qmemtune.study.tables import STATISTICS, compared_by, entries, interval, number, spans, spread, table, whole, words
+
+BEGIN = "<!-- studies: written by `qmemtune study NAME --readme` from benchmarks/studies -->"
+END = "<!-- end of studies -->"
+STORED = Path("benchmarks/studies")
+
+
+def section(folder: Path) -> str:
+    """The section's text: one table a study, by name of its file."""
+    parts = [study_section(read_json(file)) for file in sorted(folder.glob("*.json"))]
+    if parts:
+        parts.append(STATISTICS)
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def study_section(study: Mapping[str, Any]) -> str:
+    """One study in short."""
+    metrics = study["metrics"]
+    head = ["setting", "variant", "parameters"]
+    for metric in metrics:
+        head += [words(metric["name"]), f"{compared_by(metric)} {study['baseline']}"]
+    rows = []
+    for setting in study["settings"]:
+        for entry in entries(study, setting["name"]):
+            row = [setting["name"], entry["variant"], whole(entry["parameters"])]
+            for metric in metrics:
+                found = entry["metrics"][metric["name"]]
+                own = entry["variant"] == study["baseline"]
+                row += [spread(found), "" if own else interval(found["all"], metric)]
+            rows.append(row)
+    tuned = f" Settings were chosen on seeds {spans(study['tuning_seeds'])}." if study["tuning_seeds"] else ""
+    command = f"`qmemtune study {study['study']}`, seeds {spans(study['seeds'])}"
+    lines = [f"**{study['title']}** ({command}). {study['about']}{tuned}", table(head, rows)]
+    if study["stability"]:
+        lines.append(stability_line(study))
+    return "\n\n".join(lines)
+
+
+def stability_line(study: Mapping[str, Any]) -> str:
+    """How much each variant depends on the learning rate."""
+    rates = study["learning_rates"]
+    said = [
+        f"{entry['setting']}, {entry['variant']}: {number(entry['iqr'])} ({entry['diverged']:.0%} diverged)"
+        for entry in study["stability"]
+    ]
+    return (
+        f"Interquartile range of the held-out loss over learning rates {number(min(rates))} to {number(max(rates))} "
+        f"(seeds {spans(study['grid_seeds'])}): {'; '.join(said)}."
+    )
+
+
+def update(readme: Path, folder: Path) -> bool:
+    """Write the section between its markers; whether it changed.
+
+    Raises:
+        UserError: the markers are not there.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError("the markers of the studies' section are missing", where=str(readme), fix=f"add {BEGIN} {END}")
+    changed = before + section(folder) + after
+    readme.write_text(changed, encoding="utf-8")
+    return changed != text

@@ -1,0 +1,45 @@
+"""Noisy regression: a base is adapted from one function to another whose change depends on the input."""
+
+from __future__ import annotations
+
+from qmemtune.study.design import Match, Setting, Study, Variant
+
+QUERYABLE = ("adapter=queryable",)
+VARIANTS = (
+    Variant(
+        "lora",
+        ("adapter=lora",),
+        "LoRA of the smallest rank that has at least the memory's parameters",
+        Match("adapter.r", "at_least", "queryable", largest=64),
+    ),
+    Variant("queryable", QUERYABLE, "queryable memory"),
+)
+
+STUDY = Study(
+    name="regression",
+    title="Noisy regression",
+    about=(
+        "A small network, trained on one function, is adapted to another whose change depends on the input. "
+        "LoRA has at least the memory's trainable parameters. The loss is the mean squared error on held-out rows "
+        "without noise; every seed is a problem of its own, with its own functions, base, rows and noise."
+    ),
+    recipe="regression_noisy",
+    overrides=("evaluation.at_start=true", "trainer.logging_steps=500"),
+    variants=VARIANTS,
+    settings=(
+        Setting(
+            "ample",
+            ("data.regression.rows=20000", "data.regression.noise_std=0.3"),
+            "20,000 rows, noise of standard deviation 0.3.",
+        ),
+        Setting(
+            "little",
+            ("data.regression.rows=2048", "data.regression.noise_std=0.5"),
+            "2,048 rows, noise of standard deviation 0.5.",
+            {"queryable": ("adapter.core_weight_decay=1.0",)},
+        ),
+    ),
+    seeds=tuple(range(13)),
+    learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    grid_seeds=(0, 1, 2, 3, 4),
+)
