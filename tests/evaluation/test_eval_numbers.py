@@ -48,7 +48,7 @@ def test_many_rows_take_little_memory():
     assert (found["low"], found["high"], found["n"]) == (1.0, 1.0, 20_000)
 
 
-LOSSES = [RowLoss(2.0, 4, "a"), RowLoss(6.0, 4, "b"), RowLoss(1.0, 2, "")]
+LOSSES = [RowLoss(2.0, 4, "a"), RowLoss(6.0, 4, "b", mistaken=1), RowLoss(1.0, 2, "")]
 MATCHES = [RowMatch(True, "x", "x", "a"), RowMatch(False, "y", "x", "b")]
 
 
@@ -57,10 +57,12 @@ def test_loss_is_per_token_and_groups_are_apart():
     assert found["loss"] == pytest.approx(0.9)
     assert found["perplexity"] == pytest.approx(math.exp(0.9))
     assert (found["exact_match"], found["exact_match_rows"], found["rows"], found["tokens"]) == (0.5, 2, 3, 10)
+    assert found["row_accuracy"] == pytest.approx(2 / 3)
     assert list(found["groups"]) == ["(no group)", "a", "b"]
     assert found["groups"]["b"] == {
         "loss": 1.5,
         "perplexity": math.exp(1.5),
+        "row_accuracy": 0.0,
         "exact_match": 0.0,
         "exact_match_rows": 1,
         "rows": 1,
@@ -70,7 +72,7 @@ def test_loss_is_per_token_and_groups_are_apart():
 
 
 def test_without_groups_and_matches_neither_is_shown():
-    assert set(summarise([RowLoss(1.0, 2)])) == {"loss", "perplexity", "rows", "tokens"}
+    assert set(summarise([RowLoss(1.0, 2)])) == {"loss", "perplexity", "row_accuracy", "rows", "tokens"}
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan, 1e6])
