@@ -1,0 +1,80 @@
+"""Attention over short rows on a CPU: the fused kernel's numbers and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from qmemtune.models import attention
+from qmemtune.models.attention import short_rows_on_cpu
+
+
+def model(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 64, (3, 10), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((10, 6, 3)):
+        empty = slice(length, None) if side == "right" else slice(0, 10 - length)
+        mask[row, empty], ids[row, empty] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each call of the short kernel."""
+    seen: list[int] = []
+    real: Callable[..., torch.Tensor] = attention.short_attention
+
+    def counted(*args: object) -> torch.Tensor:
+        seen.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(attention, "short_attention", counted)
+    return seen
+
+
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+def test_the_numbers_and_gradients_of_the_fused_kernel(calls: list[int], side: str) -> None:
+    batch = padded("right" if side == "none" else side)
+    if side == "none":
+        del batch["attention_mask"]
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    exact = model(torch.float32)
+
+    def run(lm: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = lm(**batch, use_cache=False).logits.float()[real]
+        logits.log_softmax(-1)[:, 5].mean().backward()
+        gradient = torch.cat([p.grad.float().flatten() for p in lm.parameters() if p.grad is not None])
+        return logits.detach(), gradient
+
+    expected, fused = run(exact), run(model())
+    with short_rows_on_cpu():
+        short = run(model())
+    assert len(calls) == 2
+    for ours, theirs, right in zip(short, fused, expected, strict=True):
+        assert ours.isfinite().all()
+        assert (ours - right).norm() <= 1.5 * (theirs - right).norm()
+
+
+def test_it_stands_aside_where_it_is_not_meant(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = padded("right")
+    with short_rows_on_cpu():
+        with torch.no_grad():
+            model()(**batch)
+        model(torch.float32)(**batch)
+        monkeypatch.setattr(attention, "MOST_BYTES", 100)
+        model()(**batch)
+    assert not calls
+    model()(**batch)
+    assert not calls
