@@ -92,6 +92,7 @@ NOT_NEGATIVE = (
     "data.regression.correction_std",
     "data.regression.sharpness",
     "data.regression.seed",
+    "export.max_kl",
 )
 NOT_NEGATIVE_QUERYABLE = (
     "adapter.init_core_std",

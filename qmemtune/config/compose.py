@@ -26,6 +26,7 @@ from qmemtune.config.dump import to_dict, to_yaml
 from qmemtune.config.fields import fields_of, nearest
 from qmemtune.config.overrides import Overrides, read_overrides
 from qmemtune.config.places import SUFFIX, find_config, is_own, list_recipes, search_path, shown
+from qmemtune.config.renamed import renamed
 from qmemtune.config.replaced import resets
 from qmemtune.config.schema import Config
 from qmemtune.config.settings import Setting, flatten
@@ -115,7 +116,7 @@ def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = Tr
         given.findings.append(
             Finding("a run keeps its recipe", f"recipe={given.recipe}", "leave it out, or give single groups and keys")
         )
-    return _compose_on(file.settings, given, False, quiet=shown(path), needs_data=needs_data)
+    return _compose_on(renamed(file.settings), given, False, quiet=shown(path), needs_data=needs_data)
 
 
 def _compose_on(

@@ -251,18 +251,27 @@ class EvaluationConfig:
 class ExportConfig:
     """What `qmemtune merge-export` writes."""
 
-    format: Literal["merged", "lora", "adapter"] = "merged"
-    """merged: a plain Hugging Face folder; lora: a standard PEFT LoRA; adapter: the adapter as trained (exact)."""
+    format: Literal["merged", "lora", "live"] = "merged"
+    """merged: a plain Hugging Face folder; lora: a standard PEFT LoRA; live: the adapter as trained (always exact)."""
     path: str | None = None
     """Destination folder; if not set, export/<format> in the run folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of merged weights; auto keeps that of the base model's files."""
+    base: Literal["auto", "dequantized", "original"] = "auto"
+    """Merging a quantised run: into the dequantised weights it was trained beside, or into the original ones; auto
+    measures both on calibration rows."""
     calibration_rows: int = 64
-    """Training rows over which routes are averaged when a queryable memory is folded."""
+    """Training rows on which a queryable memory is folded, and on which auto compares the two bases."""
+    fidelity: bool = True
+    """Load the export back and compare it with the live model; off, the model card says that nothing was measured."""
     fidelity_rows: int = 32
     """Held-out rows on which the exported model is compared with the live one."""
-    overwrite: bool = False
-    """Replace an existing destination."""
+    max_kl: float = 0.05
+    """Refuse an export whose mean KL(live || exported) is larger (nats a token)."""
+    max_loss_increase: float = 0.05
+    """Refuse an export whose held-out loss is above the live model's by more (nats a token)."""
+    force: bool = False
+    """Replace an earlier export, and keep one that is too far from the live model (its card says so)."""
 
 
 @dataclass

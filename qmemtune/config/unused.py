@@ -107,8 +107,20 @@ def _evaluation(c: Config) -> dict[str, str]:
             reasons[f"evaluation.samples.{name}"] = "evaluation.samples.every_steps is not set"
     if not c.evaluation.tasks:
         reasons["evaluation.tasks_limit"] = "evaluation.tasks is empty"
-    if c.export.format != "merged":
-        reasons["export.dtype"] = f"export.format is {c.export.format}"
-    if c.export.format == "adapter" or not isinstance(c.adapter, QueryableConfig):
+    return reasons | _export(c)
+
+
+def _export(c: Config) -> dict[str, str]:
+    reasons, export = {}, c.export
+    quantised = c.quantization.kind != "none"
+    folded = isinstance(c.adapter, QueryableConfig) and export.format != "live"
+    if export.format != "merged":
+        reasons["export.dtype"] = reasons["export.base"] = f"export.format is {export.format}"
+    elif not quantised:
+        reasons["export.base"] = "quantization.kind is none"
+    if not (folded or (export.format == "merged" and quantised and export.base == "auto" and export.fidelity)):
         reasons["export.calibration_rows"] = "nothing is folded"
+    if not export.fidelity:
+        for name in ("fidelity_rows", "max_kl", "max_loss_increase"):
+            reasons[f"export.{name}"] = "export.fidelity is false"
     return reasons

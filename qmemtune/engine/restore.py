@@ -43,13 +43,22 @@ def load_run(run: RunDir, config: Config, *, device: torch.device | None = None)
     Raises:
         UserError: the run has no adapter yet, or its base cannot be loaded.
     """
+    require_adapter(run)
+    return load_adapted(run.adapter, config, device=device)
+
+
+def require_adapter(run: RunDir) -> None:
+    """See whether a run has got to its end.
+
+    Raises:
+        UserError: it has no final adapter.
+    """
     if not (run.adapter / "adapter_config.json").is_file():
         raise UserError(
             "the run has no final adapter: it was interrupted or failed",
             where=str(run.path),
             fix=f"go on with it: qmemtune train ... run_dir={run.path} resume=auto",
         )
-    return load_adapted(run.adapter, config, device=device)
 
 
 def load_adapted(adapter: Path, config: Config, *, device: torch.device | None = None) -> LoadedRun:

@@ -15,7 +15,7 @@ METRICS = ("loss", "perplexity", "exact_match")
 FORMS = {
     "merged": "a complete model; the update is part of its weights",
     "lora": "a standard PEFT LoRA adapter",
-    "adapter": "the adapter as trained, a PEFT folder",
+    "live": "the exact, input-dependent model: the adapter as trained, a PEFT folder",
 }
 METHODS = {
     "lora": "LoRA through PEFT.",
@@ -79,7 +79,7 @@ def loading(config: Config, source: Source) -> str:
             'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
             'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         )
-    live_memory = config.adapter.kind == "queryable" and config.export.format == "adapter"
+    live_memory = config.adapter.kind == "queryable" and config.export.format == "live"
     bits = BITS.get(config.quantization.kind, "").format(double=config.quantization.double_quant)
     lines = ["from peft import PeftModel"]
     lines.append(
@@ -129,19 +129,31 @@ def fidelity_text(result: dict[str, Any]) -> str:
     """How far the export is from the live model."""
     numbers = result["fidelity"]
     text = "Exact, up to rounding." if result["exact"] else f"Not exact. {result['note']}"
-    if not numbers["rows"]:
-        return text + " Not measured: the run has no held-out rows."
-    answers = ""
+    if numbers is None:
+        return f"{text} **Not measured**: the check was switched off, or the run has no held-out rows."
+    lines = [
+        text,
+        "",
+        f"On {numbers['rows']} held-out rows ({numbers['tokens']} tokens):",
+        "",
+        "| | live | exported |",
+        "| --- | ---: | ---: |",
+        f"| loss | {numbers['loss_live']:.4f} | {numbers['loss_exported']:.4f} |",
+        f"| perplexity | {numbers['perplexity_live']:.4f} | {numbers['perplexity_exported']:.4f} |",
+    ]
     if numbers.get("exact_match_rows"):
-        answers = (
-            f" Exact match on {numbers['exact_match_rows']} held-out rows: {numbers['exact_match_live']:.1%} live,"
-            f" {numbers['exact_match_exported']:.1%} exported."
+        lines.append(
+            f"| exact match ({numbers['exact_match_rows']} rows) | {numbers['exact_match_live']:.1%}"
+            f" | {numbers['exact_match_exported']:.1%} |"
         )
-    return (
-        f"{text} On {numbers['rows']} held-out rows: loss {numbers['loss_live']:.4f} live,"
-        f" {numbers['loss_exported']:.4f} exported; mean KL(live || exported) {numbers['kl_mean']:.2e} nats a token."
-        f"{answers}"
-    )
+    lines += [
+        "",
+        f"KL(live || exported), nats a token: mean {numbers['kl_mean']:.2e}, largest {numbers['kl_max']:.2e}."
+        f" Both models hold the same token for the likeliest at {numbers['same_token']:.1%} of the positions.",
+    ]
+    if result["forced"]:
+        lines += ["", f"**Kept by force though too far from the live model**: {'; '.join(result['too_far'])}."]
+    return "\n".join(lines)
 
 
 def parameters(config: Config) -> str:

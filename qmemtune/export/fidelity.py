@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qmemtune.config.schema import ExportConfig
 from qmemtune.data.collate import Collator
 from qmemtune.data.rows import IGNORED
 from qmemtune.engine.restore import LoadedRun
@@ -17,8 +18,11 @@ from qmemtune.evaluation.exact_match import row_matches
 from qmemtune.evaluation.forward import Instructions
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.loss import label_logprobs, length_batches, to_device
+from qmemtune.evaluation.summary import perplexity
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
+
+FILE = "fidelity.json"
 
 
 def fidelity(
@@ -36,14 +40,16 @@ def fidelity(
         source: gives instructions to ``exported``, if it can use them.
 
     Returns:
-        ``loss_live`` and ``loss_exported`` (nats a token), ``kl_mean`` (mean KL(live || exported) over the next-token
-        distributions, nats), ``rows``, ``tokens``. The three are ``None`` where there are no rows.
+        ``loss_live`` and ``loss_exported`` (nats a token), ``perplexity_live`` and ``perplexity_exported``, ``kl_mean``
+        and ``kl_max`` (KL(live || exported) of the next-token distributions, nats), ``same_token`` (share of positions
+        at which both hold the same token for the likeliest), ``rows``, ``tokens``.
+
+    Raises:
+        ValueError: there are no rows.
     """
-    if not rows:
-        return {"loss_live": None, "loss_exported": None, "kl_mean": None, "rows": 0, "tokens": 0}
     collate = Collator(live.tokenizer.pad_token_id)
     cast = partial(autocast, live.device, live.dtype)
-    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    sums, largest, tokens = torch.zeros(4, dtype=torch.float64), 0.0, 0
     with undisturbed(live.model), undisturbed(exported), dequantized_on_cpu(live.model), torch.no_grad():
         for indices in length_batches([len(row["input_ids"]) for row in rows], batch_size):
             batch = to_device(collate([dict(rows[i]) for i in indices]), live.device)
@@ -54,24 +60,47 @@ def fidelity(
             start = 0
             for p, q in zip(of_live, of_exported, strict=True):
                 target = targets[start : start + len(p)]
+                divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
+                largest = max(largest, divergence.max().item())
                 sums += torch.stack(
                     [
                         F.nll_loss(p, target, reduction="sum"),
                         F.nll_loss(q, target, reduction="sum"),
-                        F.kl_div(q, p, reduction="sum", log_target=True),
+                        divergence.sum(),
+                        (p.argmax(dim=-1) == q.argmax(dim=-1)).sum().float(),
                     ]
                 ).cpu()
                 start += len(p)
             tokens += len(targets)
-    loss_live, loss_exported, kl = (sums / tokens).tolist()
-    # Rounding can bring the sum of many tiny terms below zero, which a divergence never is.
+    if not tokens:
+        raise ValueError("no labelled position to compare at")
+    loss_live, loss_exported, kl, same = (sums / tokens).tolist()
     return {
         "loss_live": loss_live,
         "loss_exported": loss_exported,
+        "perplexity_live": perplexity(loss_live),
+        "perplexity_exported": perplexity(loss_exported),
+        # Rounding can bring the sum of many tiny terms below zero, which a divergence never is.
         "kl_mean": max(kl, 0.0),
+        "kl_max": largest,
+        "same_token": same,
         "rows": len(rows),
         "tokens": tokens,
     }
+
+
+def too_far(found: Mapping[str, Any], config: ExportConfig) -> list[str]:
+    """What is further from the live model than the config allows, in words; nothing is fine."""
+    reasons = []
+    if not found["kl_mean"] <= config.max_kl:
+        reasons.append(f"mean KL {found['kl_mean']:.3g} is above export.max_kl={config.max_kl:g}")
+    increase = found["loss_exported"] - found["loss_live"]
+    if not increase <= config.max_loss_increase:
+        reasons.append(
+            f"the held-out loss rises by {increase:.3g} ({found['loss_live']:.4f} to {found['loss_exported']:.4f}), "
+            f"more than export.max_loss_increase={config.max_loss_increase:g}"
+        )
+    return reasons
 
 
 def exact_matches(

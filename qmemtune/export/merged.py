@@ -1,99 +1,211 @@
-"""A plain Hugging Face folder: the base model with the adapter's update added to its weights."""
+"""A plain Hugging Face folder: the base model with a LoRA's update added to its weights, streamed from file to file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from qmemtune.adapters.queryable.fold import FoldedLayer
-from qmemtune.adapters.queryable.layer import QueryableLinear
-from qmemtune.engine.restore import LoadedRun
-from qmemtune.models.bitsandbytes import dequantised_weight, is_quantised
-from qmemtune.models.loading import load_unquantised
+from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.errors import UserError
+from qmemtune.export.basefiles import BaseFiles, open_base
+from qmemtune.export.changed_base import changed_base
+from qmemtune.export.shards import MappedShard, Planned, Shard, Stored, verify_shard, write_shard
+from qmemtune.export.updates import Rows, Update, read_updates
+from qmemtune.models.layout import Layout, read_layout
+from qmemtune.models.round_trip import RoundTrip
+from qmemtune.models.sources import Source
 
-INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora")
+PIECE = 1 << 22
+"""Values in work at once."""
+SLACK = 64 << 20
+"""Bytes that must stay free on the disk: for tokenizer, card and the file system's own."""
+
+Base = Literal["dequantized", "original"]
 
 
-def write_merged(
-    folder: Path, live: LoadedRun, folded: Mapping[str, FoldedLayer] | None, dtype: torch.dtype | None
-) -> torch.dtype:
-    """Merge and save.
+@dataclass
+class Merge:
+    """One merge: what goes in, and what is found on the way."""
 
-    Every weight that the run kept quantised is written dequantised, adapted or not: that is the weight the adapter was
-    trained beside, so the merged model computes what the live one does, up to rounding. Other weights come from the
-    base model's files. One layer at a time is in float32.
+    source: Source
+    """The base model's."""
+    model: ModelConfig
+    quantization: QuantizationConfig
+    lora: Path
+    """A PEFT LoRA folder."""
+    compute_dtype: torch.dtype
+    """The run's, and where it ran: what a quantised base computes with depends on both."""
+    device: torch.device
+    base: Base = "dequantized"
+    """What is merged into: the weights that a quantised run computed with, or those of the base's files."""
+    dtype: torch.dtype | None = None
+    """Of the written weights; each tensor keeps its own if not given."""
+    written: set[torch.dtype] = field(default_factory=set)
+    squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Of the rounding of merged weights, and of their update, over one piece of each."""
+    changed: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    Args:
-        folded: static factors of a queryable memory; ``None`` for LoRA.
-        dtype: of the written weights; that of the base model's files if not given.
+    def run(self, folder: Path, *, keep_tokenizer: bool) -> dict[str, Any]:
+        """Write the merged model.
 
-    Returns:
-        The data type written.
+        Every weight that the run kept quantised is written dequantised, adapted or not, if ``base`` says so: that is
+        the weight the adapter was trained beside. All other tensors are those of the base's files, in the same files.
+
+        Args:
+            keep_tokenizer: copy the base's tokenizer too.
+
+        Returns:
+            ``dtype``, ``rounding`` (size of the rounding of the merged weights relative to the update's), ``seconds``.
+
+        Raises:
+            UserError: the base cannot be merged into, the disk is too small, or no weight would change.
+            RunFailed: what was written is not what was computed.
+        """
+        files = open_base(self.source)
+        layout = read_layout(self.model, self.quantization, self.source, self.compute_dtype)
+        shards, untied = self._plan(files, layout)
+        check_space(folder, sum(tensor.size for _, tensors in shards for tensor in tensors))
+        start = time.perf_counter()
+        sums = {
+            shard.path.name: write_shard(folder / shard.path.name, shard.metadata, tensors) for shard, tensors in shards
+        }
+        if not self.changed:
+            raise UserError(
+                "the merge changes no weight: the update is zero, or lost in rounding",
+                where=str(self.lora),
+                fix="train the adapter, or write export.dtype=float32",
+            )
+        every = [(shard.path.name, tensor) for shard, tensors in shards for tensor in tensors]
+        files.write_index(folder, {t.name: t.size for _, t in every}, {t.name: name for name, t in every})
+        files.write_config(folder, dtype=self.dtype, untied=untied)
+        files.copy_beside(folder, tokenizer=keep_tokenizer)
+        self.seconds["write"] = time.perf_counter() - start
+        start = time.perf_counter()
+        for shard, tensors in shards:
+            verify_shard(folder / shard.path.name, tensors, sums[shard.path.name])
+        self.seconds["verify"] = time.perf_counter() - start
+        rounding, update = self.squares
+        return {
+            "dtype": " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.written)),
+            "rounding": (rounding / update) ** 0.5 if update else 0.0,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+    def _plan(self, files: BaseFiles, layout: Layout) -> tuple[list[tuple[Shard, list[Planned]]], bool]:
+        """What each file is to hold, and whether a tied output head gets weights of its own."""
+        updates = read_updates(self.lora)
+        names = layout.names(files.names)
+        stored = {name: weight for weight, name in names.items()}
+        heads: dict[str, str] = {}
+        for path in updates:
+            weight = f"{path}.weight"
+            if not layout.is_linear(path):
+                raise UserError(f"the base model has no linear layer {path}", where=str(self.lora))
+            if weight in layout.tied:
+                # An update of a tied head must not reach the input embeddings.
+                heads[names[layout.tied[weight]]] = path
+            elif weight not in names:
+                raise UserError(
+                    f"{path} is not one tensor in the files of {self.source.origin}, so nothing can be added to it",
+                    where="export.format",
+                    fix="use export.format=lora or live, or leave that layer out of the training",
+                )
+        shards = []
+        for shard in files.shards:
+            mapped, tensors = MappedShard(shard), []
+            for entry in shard.tensors:
+                path = stored.get(entry.name, "").removesuffix(".weight")
+                if f"{path}.weight" in layout.tied and path in updates:
+                    continue  # a copy of the tied weight, which loading ignores
+                tensors.append(self._planned(mapped, entry, path, updates.get(path), layout))
+                if entry.name in heads:
+                    head = heads[entry.name]
+                    renamed = replace(self._planned(mapped, entry, head, updates[head], layout), name=f"{head}.weight")
+                    tensors.append(renamed)
+            shards.append((shard, tensors))
+        return shards, bool(heads)
+
+    def _planned(self, mapped: MappedShard, entry: Stored, path: str, update: Update | None, layout: Layout) -> Planned:
+        dtype = self.dtype if self.dtype is not None and entry.dtype.is_floating_point else entry.dtype
+        if entry.dtype.is_floating_point:
+            self.written.add(dtype)
+        dequantised = self.base == "dequantized" and path in layout.quantised
+        if update is None and not dequantised:
+            return Planned(entry.name, dtype, entry.shape, lambda: cast(mapped.view(entry.name), dtype))
+        transposed = layout.is_transposed(path)
+        if update is not None:
+            shape = (update.lora_B.shape[0], update.lora_A.shape[1])
+            if entry.shape != (shape[::-1] if transposed else shape):
+                raise UserError(f"the update of {path} does not fit: {entry.shape} and {shape}", where=str(self.lora))
+
+        def pieces() -> Iterator[Tensor]:
+            weight = mapped.view(entry.name)
+            base = self._base(weight, path, transposed, layout, update)
+            yield from self._merged(base, entry.shape, update, dtype, transposed)
+
+        return Planned(entry.name, dtype, entry.shape, pieces)
+
+    def _base(self, weight: Tensor, path: str, transposed: bool, layout: Layout, update: Update | None) -> Rows:
+        """Rows of the weight that the update is added to, float32, laid out as in the file."""
+        if update is not None:
+            changed = changed_base(weight, self.lora, self.compute_dtype, transposed=transposed)
+            if changed is not None:
+                return lambda start, stop: changed[start:stop]
+        if self.base == "original" or path not in layout.quantised:
+            return lambda start, stop: weight[start:stop].float()
+        if not transposed:
+            return RoundTrip(weight, self.quantization, self.compute_dtype, self.device).rows
+        trip = RoundTrip(weight.T.contiguous(), self.quantization, self.compute_dtype, self.device)
+        whole = trip.rows(0, weight.shape[1]).T
+        return lambda start, stop: whole[start:stop]
+
+    def _merged(
+        self, base: Rows, shape: tuple[int, ...], update: Update | None, dtype: torch.dtype, transposed: bool
+    ) -> Iterator[Tensor]:
+        count, step = shape[0], max(1, PIECE // max(1, shape[1]))
+        rows, middle = base, count // 2 // step * step
+        if update is not None:
+            lengths = None
+            if transposed and update.magnitude is not None:
+                lengths = update.lengths(base, count, step)
+            rows = update.merged(base, transposed=transposed, lengths=lengths)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            exact = rows(start, stop)
+            piece = exact.to(dtype)
+            if update is not None and (start == middle or not self.changed):
+                before = base(start, stop)
+                self.changed = self.changed or not torch.equal(piece, before.to(dtype))
+                self.squares[0] += float((piece.float() - exact).square().sum())
+                self.squares[1] += float((exact - before).square().sum())
+            yield piece
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A weight in pieces; in its own data type nothing is copied."""
+    flat = weight.reshape(-1)
+    for start in range(0, flat.numel(), PIECE):
+        yield flat[start : start + PIECE].to(dtype)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """See before writing whether the disk has room.
+
+    Raises:
+        UserError: it has not.
     """
-    full = load_unquantised(live.config.model, dtype)
-    base = live.model.get_base_model()
-    with torch.no_grad():
-        for path, module in list(base.named_modules()):
-            if isinstance(module, LoraLayer | QueryableLinear):
-                own = cast(BaseTunerLayer, module).get_base_layer()
-                weight = _base_weight(live, own, path, full)
-                weight = weight + _update(module, own, weight, folded[path] if folded else None)
-                _store(full, path, weight, transpose=is_quantised(own))
-            elif is_quantised(module) and not path.endswith(".base_layer"):
-                _store(full, path, dequantised_weight(module), transpose=True)
-    full.save_pretrained(folder)
-    written: torch.dtype = full.dtype
-    return written
-
-
-def _base_weight(live: LoadedRun, own: nn.Module, path: str, full: PreTrainedModel) -> Tensor:
-    """The weight that the adapter was trained beside, float32, as the live base layer is laid out; on the CPU."""
-    if is_quantised(own):
-        return dequantised_weight(own).cpu()
-    changed = getattr(live.config.adapter, "init", None) in INITS_THAT_CHANGE_THE_BASE
-    weight: Any = (own if changed else full.get_submodule(path)).weight
-    return weight.detach().float().cpu()
-
-
-def _update(layer: Any, own: nn.Module, weight: Tensor, folded: FoldedLayer | None) -> Tensor:
-    """What the active adapters add to ``weight``, float32, laid out like it; on the CPU."""
-    if folded is not None:
-        delta = folded.scaling * (folded.lora_B @ folded.lora_A)
-        return (delta.T if isinstance(own, Conv1D) else delta).cpu()
-    updates = [lora_update(layer, name, weight) for name in layer.active_adapters if name in layer.lora_A]
-    return torch.stack(updates).sum(dim=0)
-
-
-def lora_update(layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
-    """What a LoRA adapter adds to ``weight``, the weight of its base layer; float32, on the CPU.
-
-    DoRA scales each row of the sum to a learned length; a row is an output feature.
-    """
-    delta: Tensor = layer.get_delta_weight(name).detach().float().cpu()
-    if name not in layer.lora_magnitude_vector:
-        return delta
-    length = layer.lora_magnitude_vector[name].weight.detach().float().cpu()
-    along, shape = (0, (1, -1)) if layer.fan_in_fan_out else (1, (-1, 1))
-    whole = weight + delta
-    return whole * (length / whole.norm(dim=along)).view(shape) - weight
-
-
-def _store(full: PreTrainedModel, path: str, weight: Tensor, *, transpose: bool) -> None:
-    """Put a weight into the model to be saved; ``transpose`` if a ``Conv1D`` there wants it the other way round."""
-    target: Any = full.get_submodule(path)
-    if transpose and isinstance(target, Conv1D):
-        weight = weight.T
-    if target is full.get_output_embeddings() and target.weight is full.get_input_embeddings().weight:
-        # An update of a tied head must not reach the input embeddings.
-        full.config.tie_word_embeddings = False
-        full.all_tied_weights_keys = {}
-    weight = weight.to(target.weight.device, target.weight.dtype).contiguous()
-    target.weight = nn.Parameter(weight, requires_grad=False)
+    free = shutil.disk_usage(folder).free
+    if free < needed + SLACK:
+        raise UserError(
+            f"the disk is too small: {needed / 1e9:,.2f} GB are to be written, {free / 1e9:,.2f} GB are free",
+            where=str(folder.parent),
+            fix="choose another export.path, or make room",
+        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,60 @@ from qmemtune.config.adapters import MethodConfig
 from qmemtune.config.schema import Config
 from qmemtune.data.prepare import prepare_data, prepare_heldout
 from qmemtune.engine.progress import Progress, SilentProgress
-from qmemtune.engine.restore import LoadedRun, load_run
-from qmemtune.errors import UserError
+from qmemtune.engine.restore import LoadedRun, load_run, require_adapter
+from qmemtune.errors import RunFailed
 from qmemtune.evaluation.samples import evenly_spaced
+from qmemtune.export.base_choice import compare_bases
 from qmemtune.export.card import write_card
 from qmemtune.export.destination import check_destination, written_whole
-from qmemtune.export.fidelity import exact_matches, fidelity
+from qmemtune.export.exactness import exactness
+from qmemtune.export.fidelity import FILE as FIDELITY
+from qmemtune.export.fidelity import exact_matches, fidelity, too_far
 from qmemtune.export.lora import copy_adapter, write_folded_lora
 from qmemtune.export.marker import marker, write_marker
-from qmemtune.export.merged import write_merged
+from qmemtune.export.merged import Base, Merge
 from qmemtune.export.static import folded_layers
-from qmemtune.models.hardware import DTYPES
-from qmemtune.models.loading import load_base
-from qmemtune.models.sources import resolve
-from qmemtune.rundir import RunDir
+from qmemtune.models.hardware import DTYPES, compute_dtype, pick_device
+from qmemtune.models.loading import load_base, load_tokenizer
+from qmemtune.models.sources import Source, resolve
+from qmemtune.rundir import RunDir, write_json
 
-FOLD_NOTE = (
-    "Folding is an approximation: the memory routes each token by itself, the exported weights are one average for all."
-    " export.format=adapter keeps the memory exact."
-)
-INT8_NOTE = "The live model rounds activations to 8 bits; the merged one does not, so they differ a little."
 CANDIDATES_PER_ROW = 32
 """Training rows read for each calibration row, so that the calibration rows are spread over the data."""
+
+
+@dataclass
+class Export:
+    """One export under way."""
+
+    run: RunDir
+    config: Config
+    progress: Progress
+    source: Source
+    """The base model's."""
+    result: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    _live: LoadedRun | None = None
+
+    @property
+    def form(self) -> str:
+        return self.config.export.format
+
+    @property
+    def folds(self) -> bool:
+        """Whether routing has to be replaced by static updates."""
+        return self.config.adapter.kind == "queryable" and self.form != "live"
+
+    @property
+    def live(self) -> LoadedRun:
+        """The live model; loaded when first asked for, since large models are merged without it."""
+        if self._live is None:
+            self._live = load_run(self.run, self.config)
+        return self._live
+
+    def tokenizer(self) -> Any:
+        """The run's tokenizer."""
+        return self._live.tokenizer if self._live is not None else load_tokenizer(self.config.model)
 
 
 def export_run(run: RunDir, config: Config, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -50,11 +83,14 @@ def export_run(run: RunDir, config: Config, *, progress: Progress | None = None)
         progress: is told what happens.
 
     Returns:
-        ``path``, ``format``, ``exact``, ``fidelity`` (see :func:`~qmemtune.export.fidelity.fidelity`), ``note`` where
-        the export is not exact, ``dtype`` of merged weights, ``calibration`` of a fold, ``size_bytes``, ``seconds``.
+        ``path``, ``format``, ``exact``, ``note`` where it is not, ``fidelity`` (see
+        :func:`~qmemtune.export.fidelity.fidelity`; None where it was not measured) and ``forced``; of merged weights
+        ``dtype``, ``rounding`` and the ``base`` they were merged into; ``calibration`` of a fold; ``size_bytes``,
+        ``seconds`` of each part.
 
     Raises:
         UserError: the run has no adapter, or the destination cannot be written.
+        RunFailed: the export is too far from the live model.
     """
     if isinstance(config.adapter, MethodConfig):
         raise UserError(
@@ -63,65 +99,146 @@ def export_run(run: RunDir, config: Config, *, progress: Progress | None = None)
             fix="that folder is a PEFT adapter already: PeftModel.from_pretrained loads it",
         )
     start = time.perf_counter()
-    progress = progress or SilentProgress()
-    form = config.export.format
-    path = Path(config.export.path).expanduser() if config.export.path else run.export / form
-    check_destination(path, overwrite=config.export.overwrite)
-    live = load_run(run, config)
+    require_adapter(run)
+    path = Path(config.export.path).expanduser() if config.export.path else run.export / config.export.format
+    check_destination(path, force=config.export.force)
+    found = exactness(config, config.export.format)
+    result: dict[str, Any] = {"path": str(path), "format": config.export.format, "exact": found.exact}
+    if not found.exact:
+        result["note"] = f"{found.why[0].upper()}{found.why[1:]}."
     source = resolve(config.model.path, config.model.revision)
-    folds = config.adapter.kind == "queryable" and form != "adapter"
-    result: dict[str, Any] = {"path": str(path), "format": form, **exactness(config, folds)}
-    train, heldout = rows_for(config, live, folds)
-    if not heldout:
-        progress.message("there are no held-out rows: fidelity is not measured")
+    job = Export(run, config, progress or SilentProgress(), source, result)
     with written_whole(path) as folder:
-        folded = None
-        if folds:
-            progress.message(f"folding the memory over {len(train)} training rows")
-            folded = folded_layers(live, train)
-            result["calibration"] = {"rows": len(train)}
-        progress.message(f"writing {form} to {path}")
-        if form == "merged":
-            dtype = write_merged(folder, live, folded, DTYPES.get(config.export.dtype))
-            result["dtype"] = str(dtype).removeprefix("torch.")
-        elif folded is not None:
-            write_folded_lora(folder, live.model.get_base_model(), folded, source, dropout=config.adapter.dropout)
-        else:
-            copy_adapter(run.adapter, folder, source)
-        live.tokenizer.save_pretrained(folder)
-        progress.message("loading the export back and comparing it with the live model")
-        result["fidelity"] = compare(folder, live, heldout)
+        write(job, folder)
+        measure(job, folder)
         write_marker(folder, marker(config, source, result))
         write_card(folder, run, config, source, result)
         result["size_bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    result["seconds"] = round(time.perf_counter() - start, 2)
+    job.seconds["total"] = time.perf_counter() - start
+    result["seconds"] = {name: round(value, 2) for name, value in job.seconds.items()}
     return result
 
 
-def exactness(config: Config, folds: bool) -> dict[str, Any]:
-    """``exact``, and a ``note`` that says why not. Exact means: the live model's function, up to rounding."""
-    if folds:
-        return {"exact": False, "note": FOLD_NOTE}
-    if config.export.format == "merged" and config.quantization.kind == "int8":
-        return {"exact": False, "note": INT8_NOTE}
-    return {"exact": True}
+def write(job: Export, folder: Path) -> None:
+    """Write the model, but neither card nor marker."""
+    config, result = job.config, job.result
+    calibration = calibration_rows(job)
+    lora = job.run.adapter
+    if job.folds:
+        job.progress.message(f"folding the memory over {len(calibration)} training rows")
+        start = time.perf_counter()
+        # Beside what is to be served: a merged model is made from it, and does not keep it.
+        lora = folder if job.form == "lora" else folder / ".lora"
+        folded = folded_layers(job.live, calibration)
+        base = job.live.model.get_base_model()
+        write_folded_lora(lora, base, folded, job.source, dropout=config.adapter.dropout)
+        result["calibration"] = {"rows": len(calibration)}
+        job.seconds["fold"] = time.perf_counter() - start
+    job.progress.message(f"writing {job.form} to {result['path']}")
+    if job.form == "merged":
+        write_merged(job, folder, lora, calibration)
+        if job.folds:
+            shutil.rmtree(lora)
+        return
+    if lora is not folder:
+        copy_adapter(lora, folder, job.source)
+    job.tokenizer().save_pretrained(folder)
 
 
-def rows_for(config: Config, live: LoadedRun, folds: bool) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Calibration rows (none unless the memory is folded), spread over the training rows, and all held-out rows.
+def write_merged(job: Export, folder: Path, lora: Path, calibration: Sequence[Any]) -> None:
+    """Merge a LoRA into the base, and say which base was taken."""
+    config, result = job.config, job.result
+    quantised = config.quantization.kind != "none"
+    choice: Base = "original" if config.export.base == "original" else "dequantized"
+    if quantised:
+        result["base"] = {"base": choice}
+        if config.export.base == "auto" and calibration and config.export.fidelity:
+            job.progress.message(f"comparing the two bases to merge into on {len(calibration)} training rows")
+            choice, result["base"] = compare_bases(job.live, lora, calibration)
+            if choice == "original":
+                result["exact"] = False
+                result["note"] = f"Merged into the original base, which has the lower loss on {len(calibration)} rows."
+    device = pick_device()
+    # With settings of its own the run's tokenizer is not the base's.
+    keep_tokenizer = config.model.tokenizer is None and config.model.chat_template is None
+    merge = Merge(
+        source=job.source,
+        model=config.model,
+        quantization=config.quantization,
+        lora=lora,
+        compute_dtype=compute_dtype(config.model.compute_dtype, device),
+        device=device,
+        base=choice,
+        dtype=DTYPES.get(config.export.dtype),
+    )
+    merged = merge.run(folder, keep_tokenizer=keep_tokenizer)
+    if not keep_tokenizer:
+        job.tokenizer().save_pretrained(folder)
+    job.seconds |= merged.pop("seconds")
+    result |= merged
+
+
+def calibration_rows(job: Export) -> Sequence[Any]:
+    """Training rows, spread over all of them: to fold on, and to compare bases on; none if nothing needs any.
 
     Raises:
         UserError: the data cannot be read.
     """
-    data, wanted = config.data, config.export.calibration_rows
-    if not folds:
-        return [], prepare_heldout(data, live.tokenizer).heldout
-    if wanted < 1:
-        raise UserError("folding needs at least one row", where="export.calibration_rows", fix="leave it at 64")
+    data, wanted = job.config.data, job.config.export.calibration_rows
+    export = job.config.export
+    compares = job.form == "merged" and job.config.quantization.kind != "none" and export.base == "auto"
+    if not (job.folds or (compares and export.fidelity)):
+        return []
     most = wanted * CANDIDATES_PER_ROW
     limit = most if data.max_train_rows is None else min(most, data.max_train_rows)
-    prepared = prepare_data(replace(data, max_train_rows=limit), live.tokenizer)
-    return evenly_spaced(prepared.train, wanted), prepared.heldout
+    return evenly_spaced(prepare_data(replace(data, max_train_rows=limit), job.live.tokenizer).train, wanted)
+
+
+def measure(job: Export, folder: Path) -> None:
+    """Compare the written export with the live model, write fidelity.json, and refuse what is too far.
+
+    Raises:
+        RunFailed: it is too far, and ``export.force`` is not set.
+    """
+    config, result = job.config.export, job.result
+    result["fidelity"], result["forced"] = None, False
+    start = time.perf_counter()
+    if config.fidelity:
+        heldout = prepare_heldout(job.config.data, job.live.tokenizer).heldout
+        if heldout:
+            job.progress.message("loading the export back and comparing it with the live model")
+            result["fidelity"] = compare(folder, job.live, heldout)
+        else:
+            job.progress.message("there are no held-out rows: fidelity is not measured")
+    found = result["fidelity"]
+    reasons = too_far(found, config) if found else []
+    if reasons and not config.force:
+        exact = "export.format=live is exact" if job.form != "live" else "the live model itself differs: is the base?"
+        raise RunFailed(
+            f"the export is too far from the live model and was not kept: {'; '.join(reasons)}",
+            where=f"export.format={job.form}",
+            fix=f"{exact}; --force keeps it all the same, and its card says so",
+        )
+    result["forced"] = bool(reasons)
+    if reasons:
+        result["too_far"] = reasons
+    write_json(folder / FIDELITY, report(result, config))
+    job.seconds["fidelity"] = time.perf_counter() - start
+
+
+def report(result: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The content of fidelity.json."""
+    limits = {"max_kl": config.max_kl, "max_loss_increase": config.max_loss_increase}
+    kept = ("format", "exact", "note", "forced", "too_far", "dtype", "rounding", "base", "calibration")
+    measured = result["fidelity"]
+    reason = None if measured else "switched off" if not config.fidelity else "no held-out rows"
+    return {
+        "measured": measured is not None,
+        **({"reason": reason} if reason else {}),
+        **(measured or {}),
+        "limits": limits,
+        **{key: result[key] for key in kept if key in result},
+    }
 
 
 def compare(folder: Path, live: LoadedRun, heldout: Sequence[Any]) -> dict[str, Any]:
@@ -130,11 +247,8 @@ def compare(folder: Path, live: LoadedRun, heldout: Sequence[Any]) -> dict[str, 
     Exact match is measured too, on all held-out rows that the run's evaluation uses, if the run has one.
     """
     config = live.config
-    rows = evenly_spaced(heldout, config.export.fidelity_rows)
-    if not rows:
-        return fidelity(live, live.model, rows)
     exported, source = load_back(folder, live)
-    found = fidelity(live, exported, rows, source=source)
+    found = fidelity(live, exported, evenly_spaced(heldout, config.export.fidelity_rows), source=source)
     if config.evaluation.exact_match.enabled:
         answered = evenly_spaced(heldout, config.evaluation.exact_match.max_rows)
         found |= exact_matches(live, exported, answered, source=source)

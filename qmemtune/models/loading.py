@@ -122,25 +122,22 @@ def load_base(
     return model.requires_grad_(False).eval()
 
 
-def load_unquantised(config: ModelConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The base model on the CPU with its weights as the files hold them, to merge an adapter into.
+def refuse_stored_quantised(source: Source, config: Any) -> None:
+    """Refuse to merge into a model whose files hold no full weights.
 
     Args:
-        dtype: of the weights; that of the files if not given.
+        source: the model.
+        config: its ``PreTrainedConfig``.
 
     Raises:
-        UserError: as :func:`load_base`; also if the files themselves are quantised.
+        UserError: the files are stored quantised.
     """
-    source = resolve(config.path, config.revision)
-    with explained(source):
-        if _own_quantization(source, config) is not None:
-            raise UserError(
-                f"{source.origin} is stored quantised, so there are no full weights to merge into",
-                where="model.path",
-                fix="use export.format=lora or adapter, or train on the unquantised model",
-            )
-        model = _from_pretrained(source, config, dtype or "auto")
-    return model.requires_grad_(False).eval()
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{source.origin} is stored quantised, so there are no full weights to merge into",
+            where="model.path",
+            fix="use export.format=lora or live, or train on the unquantised model",
+        )
 
 
 def _own_quantization(source: Source, config: ModelConfig) -> Any:

@@ -53,9 +53,9 @@ def test_train_evaluate_export(call, tiny_llama_dir: Path, adapter: str) -> None
     assert evaluated["tuned"]["loss"] == pytest.approx(trained["eval"]["loss"], abs=1e-6)
     assert {"loss", "perplexity", "exact_match"} <= evaluated["base"].keys()
 
-    for form in ("merged", "lora", "adapter"):
+    for form in ("merged", "lora", "live"):
         exported = call("merge-export", "run_dir=one", f"export.format={form}", f"export.path={form}")
-        assert exported["exact"] is (adapter == "lora" or form == "adapter")
+        assert exported["exact"] is (adapter == "lora" or form == "live")
         assert {"loss_live", "loss_exported", "kl_mean", "rows"} <= exported["fidelity"].keys()
         if exported["exact"]:
             assert exported["fidelity"]["kl_mean"] < 1e-5
@@ -70,7 +70,7 @@ def test_train_evaluate_export(call, tiny_llama_dir: Path, adapter: str) -> None
 
 
 def test_an_exported_folder_is_measured_by_its_own_settings(call, tiny_llama_dir: Path) -> None:
-    call("train", f"model.path={tiny_llama_dir}", "data.path=rows.jsonl", "trainer.max_steps=1", "run_dir=two")
+    call("train", f"model.path={tiny_llama_dir}", "data.path=rows.jsonl", "trainer.max_steps=3", "run_dir=two")
     call("merge-export", "run_dir=two", "export.path=out", "export.format=merged")
     found = call("eval", "model.path=out", "data.path=rows.jsonl")
     assert found["tuned"]["loss"] > 0

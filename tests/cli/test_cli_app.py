@@ -196,18 +196,36 @@ def test_dry_run_plans_and_trains_nothing(run, module):
 
 def test_merge_export_takes_the_newest_run_and_says_which(run, module, finished_run):
     def export_run(run_dir, config, *, progress):
-        fidelity = {"loss_live": 1.0, "loss_exported": 1.1, "kl_mean": 0.01, "rows": 4}
-        return {"path": str(run_dir.export), "format": config.export.format, "exact": False, "fidelity": fidelity}
+        fidelity = {
+            "loss_live": 1.0,
+            "loss_exported": 1.1,
+            "kl_mean": 0.01,
+            "kl_max": 0.1,
+            "same_token": 0.9,
+            "rows": 4,
+        }
+        facts = {"exact": False, "note": "Why.", "forced": config.export.force, "fidelity": fidelity}
+        return {"path": str(run_dir.export), "format": config.export.format, **facts}
 
     module("qmemtune.export", export_run=export_run)
     result = run("merge-export", "export.format=lora")
     assert result.code == 0
     assert "20260101-000000 (the newest)" in result.err
-    assert "approximate" in result.out
+    assert "approximate: Why." in result.out
     assert "live 1.0000, exported 1.1000" in result.out
     named = run("merge-export", f"run_dir={finished_run}", "--json")
     assert json.loads(named.out)["format"] == "merged"
+    assert json.loads(named.out)["forced"] is False
     assert "newest" not in named.err
+    assert json.loads(run("merge-export", f"run_dir={finished_run}", "--json", "--force").out)["forced"] is True
+
+
+def test_plan_of_an_export_writes_nothing(run, module, finished_run):
+    formats = {"merged": {"kind": "approximate", "why": "because"}}
+    module("qmemtune.export.exactness", plan=lambda run_dir, config: {"run_dir": "x", "formats": formats})
+    result = run("merge-export", f"run_dir={finished_run}", "--plan")
+    assert result.code == 0
+    assert "merged  approximate  because" in result.out
 
 
 @pytest.mark.parametrize("verb", ["eval", "merge-export", "generate"])

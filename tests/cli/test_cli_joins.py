@@ -23,7 +23,7 @@ COLOURS = ["red", "green", "blue", "white", "black"]
 
 @pytest.fixture(scope="module")
 def trained(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows, the run ``one`` of a memory with an instruction prior, and its export ``adapter``."""
+    """A folder with rows, the run ``one`` of a memory with an instruction prior, and its export ``live``."""
     folder = tmp_path_factory.mktemp("joins")
     rows = [
         {"instruction": f"Name colour {i}", "output": COLOURS[i % 5], "kind": "even" if i % 2 == 0 else "odd"}
@@ -34,7 +34,7 @@ def trained(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     adapter = ["adapter=queryable", "adapter.r=4", "adapter.instruction_prior=1", "quantization=nf4"]
     steps = ["optimizer.learning_rate=0.05", "trainer.max_steps=4", "data.eval_fraction=0.3", "evaluation.max_rows=9"]
     assert main([*run, *adapter, *steps, f"run_dir={folder / 'one'}", "--quiet"]) == 0
-    for form in ("adapter", "merged"):
+    for form in ("live", "merged"):
         export = [f"run_dir={folder / 'one'}", f"export.format={form}", f"export.path={folder / form}"]
         assert main(["merge-export", *export, "export.calibration_rows=4", "--quiet"]) == 0
     return folder
@@ -69,7 +69,7 @@ def with_base(folder: Path, copy: Path, source: str) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("form", ["live", "merged"])
 def test_an_export_is_measured_as_its_run_was(call, trained, tmp_path, tiny_llama_dir, form):
     of_run = call("eval", f"run_dir={trained / 'one'}")
     folder = with_base(trained / form, tmp_path / "copy", str(tiny_llama_dir))
@@ -80,13 +80,13 @@ def test_an_export_is_measured_as_its_run_was(call, trained, tmp_path, tiny_llam
     assert found["base"]["groups"].keys() == {"even", "odd"}
     change = found["tuned"]["loss"] - found["base"]["loss"]
     assert found["difference"]["loss"]["difference"] == pytest.approx(change, abs=1e-6)
-    if form == "adapter":
+    if form == "live":
         assert found["tuned"]["loss"] == pytest.approx(of_run["tuned"]["loss"], abs=1e-5)
     assert call("eval", f"model.path={folder}", "evaluation.max_rows=3")["rows"] == 3
 
 
 def test_what_a_marker_cannot_hold_is_asked_for(call, trained, tmp_path, tiny_llama_dir):
-    folder, base = trained / "adapter", f"model.path={tiny_llama_dir}"
+    folder, base = trained / "live", f"model.path={tiny_llama_dir}"
     asked = call("eval", f"export.path={folder}", base, code=2)["error"]
     assert "rows.jsonl does not exist" in asked["problem"]
     assert "data.path=" in asked["fix"]

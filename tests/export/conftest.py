@@ -85,7 +85,17 @@ def make_run(base_folder: Callable[..., Path], rows: Path, tmp_path: Path) -> Ma
             data=DataConfig(path=str(rows), eval_fraction=0.3, max_rejected=0.0),
             adapter=adapter,
             quantization=QuantizationConfig(kind=kind),
-            export=ExportConfig(calibration_rows=8, fidelity_rows=6, **export),
+            # Random adapters are far from any static stand-in; tests of the limits set their own.
+            export=ExportConfig(
+                **{
+                    "base": "dequantized",
+                    "calibration_rows": 8,
+                    "fidelity_rows": 6,
+                    "max_kl": 100.0,
+                    "max_loss_increase": 100.0,
+                }
+                | export
+            ),
         )
         model = apply_adapter(load_base(config.model, config.quantization), adapter, seed=0)
         torch.manual_seed(1)

@@ -106,7 +106,7 @@ def test_folding_real_routes_is_measured(make_run) -> None:
     adapter = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2, temperature=50.0, init_core_std=2.0)
     result = export_run(*make_run(adapter, kind="int8"))
     assert result["exact"] is False
-    assert "approximation" in result["note"]
+    assert "static update" in result["note"]
     assert result["fidelity"]["kl_mean"] > 1e-4
     assert result["calibration"] == {"rows": 8}
 
@@ -151,4 +151,4 @@ def test_exact_match_of_both_is_reported_where_the_run_measures_it(make_run) -> 
     assert found["exact_match_live"] == found["exact_match_exported"] == 1.0
     assert found["exact_match_rows"] > found["rows"]
     card = (run.export / "merged" / "README.md").read_text(encoding="utf-8")
-    assert "100.0% exported" in card
+    assert "exact match (12 rows) | 100.0% | 100.0%" in card

@@ -22,7 +22,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("format", ["adapter", "lora"])
+@pytest.mark.parametrize("format", ["live", "lora"])
 def test_lora_run_is_copied(make_run, format: str) -> None:
     run, config = make_run(LoraConfig(r=4), format=format)
     result = export_run(run, config)
@@ -37,7 +37,7 @@ def test_memory_as_trained_is_exact(make_run, kind: str) -> None:
     adapter = QueryableConfig(
         r=4, num_atoms=3, key_dim=4, block_size=2, temperature=20.0, instruction_prior=2.0, init_core_std=1.0
     )
-    result = export_run(*make_run(adapter, kind=kind, format="adapter"))
+    result = export_run(*make_run(adapter, kind=kind, format="live"))
     assert result["exact"] is True
     assert "calibration" not in result
     # With the instructions of the rows: without them the prior alone would move the routes.
@@ -71,6 +71,6 @@ def test_folded_lora_of_some_layers_adapts_no_others(make_run) -> None:
 
 
 def test_base_is_named_without_its_place(make_run) -> None:
-    run, config = make_run(LoraConfig(r=4), format="adapter")
+    run, config = make_run(LoraConfig(r=4), format="live")
     saved = json.loads((Path(export_run(run, config)["path"]) / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == Path(config.model.path).name

@@ -1,0 +1,88 @@
+"""Which form of a run is exact, which one approximate, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import AutoConfig
+
+from qmemtune.config.schema import Config
+from qmemtune.engine.restore import require_adapter
+from qmemtune.errors import UserError
+from qmemtune.models.failures import explained
+from qmemtune.models.loading import refuse_stored_quantised
+from qmemtune.models.sources import resolve
+from qmemtune.rundir import RunDir
+
+FORMATS = ("live", "lora", "merged")
+ROUTED = "the memory routes each token by itself, and one static update a layer stands in for all routes"
+INT8 = "the live model rounds activations to 8 bits and the merged one does not"
+ORIGINAL = "the adapter was trained beside the quantised base, not the original one"
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """How an export relates to the live model."""
+
+    kind: Literal["exact", "approximate", "impossible"]
+    """Exact means: the live model's function, up to rounding."""
+    why: str
+
+    @property
+    def exact(self) -> bool:
+        return self.kind == "exact"
+
+
+def exactness(config: Config, form: str) -> Exactness:
+    """What a form of the export is, as far as the config tells."""
+    quantised = config.quantization.kind != "none"
+    if form == "live":
+        return Exactness("exact", "the adapter as trained")
+    if config.adapter.kind == "queryable":
+        return Exactness("approximate", ROUTED)
+    if form == "lora":
+        beside = f" on a base quantised to {config.quantization.kind}" if quantised else ""
+        return Exactness("exact", f"the adapter as trained is a LoRA; serve it{beside}")
+    if config.quantization.kind == "int8":
+        return Exactness("approximate", INT8)
+    if quantised and config.export.base == "original":
+        return Exactness("approximate", ORIGINAL)
+    if quantised:
+        return Exactness("exact", "the update is added to the dequantised weights it was trained beside")
+    return Exactness("exact", "the update is added to the weights")
+
+
+def plan(run: RunDir, config: Config) -> dict[str, Any]:
+    """What each format would be for a run; nothing is written.
+
+    Returns:
+        ``run_dir``, and under ``formats`` for each one ``kind`` (exact, approximate, impossible) and ``why``.
+    """
+    formats = {}
+    for form in FORMATS:
+        found = exactness(config, form)
+        problem = obstacle(run, config, form)
+        if problem is not None:
+            found = Exactness("impossible", problem)
+        formats[form] = {"kind": found.kind, "why": found.why}
+    return {"run_dir": str(run.path), "formats": formats}
+
+
+def obstacle(run: RunDir, config: Config, form: str) -> str | None:
+    """What stands in the way of a form; None for nothing."""
+    try:
+        require_adapter(run)
+        if form != "merged":
+            return None
+        source = resolve(config.model.path, config.model.revision)
+        with explained(source):
+            found = AutoConfig.from_pretrained(
+                source.location,
+                revision=source.revision or "main",
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        refuse_stored_quantised(source, found)
+    except UserError as error:
+        return error.findings[0].problem
+    return None
