@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,11 @@ def fidelity(
     collate = Collator(live.tokenizer.pad_token_id)
     cast = partial(autocast, live.device, live.dtype)
     sums, largest, tokens = torch.zeros(4, dtype=torch.float64), 0.0, 0
-    with undisturbed(live.model), undisturbed(exported), dequantized_on_cpu(live.model), torch.no_grad():
+    with ExitStack() as stack:
+        for model in (live.model, exported):
+            stack.enter_context(undisturbed(model))
+            stack.enter_context(dequantized_on_cpu(model))
+        stack.enter_context(torch.no_grad())
         for indices in length_batches([len(row["input_ids"]) for row in rows], batch_size):
             batch = to_device(collate([dict(rows[i]) for i in indices]), live.device)
             labels = batch["labels"][:, 1:]

@@ -41,11 +41,11 @@ class RoundTrip:
         """Rows ``start`` to ``stop`` of the dequantised weight, float32, on the CPU."""
         if self.quantization.kind == "int8":
             return self._int8(self.weight[start:stop])
-        first, last = start * self._columns, stop * self._columns
-        # Whole blocks, and of what they hold the rows asked for.
-        low, high = first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, self._count)
-        values = self._dequantise(low, high).flatten()[first - low : last - low]
-        return values.view(stop - start, self._columns).float().cpu()
+        if self._columns % BLOCK:
+            # Blocks reach over the ends of rows, which bitsandbytes' CPU kernel takes in a way of its own: ask it for
+            # the whole weight, as the layer does.
+            return self._dequantise(0, len(self.weight))[start:stop].float().cpu()
+        return self._dequantise(start, stop).float().cpu()
 
     def _int8(self, rows: Tensor) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_quant
@@ -60,9 +60,8 @@ class RoundTrip:
 
         self._columns = self.weight.shape[1]
         flat = self.weight.reshape(-1)
-        self._count = flat.numel()
         packed, scales = [], []
-        for start in range(0, self._count, CHUNK):
+        for start in range(0, flat.numel(), CHUNK):
             chunk = flat[start : start + CHUNK].to(self.device, self.dtype)
             values, state = quantize_4bit(
                 chunk, blocksize=BLOCK, compress_statistics=False, quant_type=self.quantization.kind
@@ -76,12 +75,13 @@ class RoundTrip:
             absmax = dequantize_blockwise(codes, statistics) + offset
         self._absmax = absmax
 
-    def _dequantise(self, low: int, high: int) -> Tensor:
+    def _dequantise(self, start: int, stop: int) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        low, high = start * self._columns, stop * self._columns
         state: Any = QuantState(
             absmax=self._absmax[low // BLOCK : -(-high // BLOCK)],
-            shape=torch.Size((1, high - low)),
+            shape=torch.Size((stop - start, self._columns)),
             dtype=self.dtype,
             blocksize=BLOCK,
             quant_type=self.quantization.kind,

@@ -78,10 +78,11 @@ def make_run(base_folder: Callable[..., Path], rows: Path, tmp_path: Path) -> Ma
         architecture: str = "llama",
         kind: str = "none",
         dtype: torch.dtype = torch.float32,
+        base_path: Path | None = None,
         **export: object,
     ) -> tuple[RunDir, Config]:
         config = Config(
-            model=ModelConfig(path=str(base_folder(architecture, dtype)), compute_dtype="float32"),
+            model=ModelConfig(path=str(base_path or base_folder(architecture, dtype)), compute_dtype="float32"),
             data=DataConfig(path=str(rows), eval_fraction=0.3, max_rejected=0.0),
             adapter=adapter,
             quantization=QuantizationConfig(kind=kind),

@@ -31,9 +31,11 @@ from qmemtune.models.round_trip import RoundTrip
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_what_a_quantised_layer_computes_with(make_run, kind: str, double_quant: bool, dtype) -> None:
-    run, config = make_run(LoraConfig(r=2), kind=kind)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 32)])
+def test_round_trip_is_what_a_quantised_layer_computes_with(
+    make_run, tiny_llama_dir, kind: str, double_quant: bool, dtype: torch.dtype, width: int
+) -> None:
+    run, config = make_run(LoraConfig(r=2), kind=kind, base_path=tiny_llama_dir if width == 32 else None)
     config.quantization.double_quant = double_quant
     config.model.compute_dtype = str(dtype).removeprefix("torch.")
     live = load_run(run, config).model.get_base_model()
