@@ -124,7 +124,7 @@ def evaluate_exported(
             raise UserError(
                 "an instruction has no effect on a merged model",
                 where=f"instruction={instruction}",
-                fix="leave it out, or measure the run or its export with export.format=adapter",
+                fix="leave it out, or measure the run or its export with export.format=live",
             )
         report = evaluate_merged(exported, config, say=say, progress=progress)
     else:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig
 
+from qmemtune.config.adapters import MethodConfig
 from qmemtune.config.schema import Config
 from qmemtune.engine.restore import require_adapter
 from qmemtune.errors import UserError
@@ -53,6 +54,21 @@ def exactness(config: Config, form: str) -> Exactness:
     return Exactness("exact", "the update is added to the weights")
 
 
+def require_exportable(run: RunDir, config: Config) -> None:
+    """See whether a run can be exported in any form.
+
+    Raises:
+        UserError: it is not finished, or its adapter is there for comparison only.
+    """
+    if isinstance(config.adapter, MethodConfig):
+        raise UserError(
+            "adapter=peft is for comparisons and has no export of its own",
+            where=str(run.adapter),
+            fix="that folder is a PEFT adapter already: PeftModel.from_pretrained loads it",
+        )
+    require_adapter(run)
+
+
 def plan(run: RunDir, config: Config) -> dict[str, Any]:
     """What each format would be for a run; nothing is written.
 
@@ -72,7 +88,7 @@ def plan(run: RunDir, config: Config) -> dict[str, Any]:
 def obstacle(run: RunDir, config: Config, form: str) -> str | None:
     """What stands in the way of a form; None for nothing."""
     try:
-        require_adapter(run)
+        require_exportable(run, config)
         if form != "merged":
             return None
         source = resolve(config.model.path, config.model.revision)

@@ -14,17 +14,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import InstructionSource
-from qmemtune.config.adapters import MethodConfig
 from qmemtune.config.schema import Config
 from qmemtune.data.prepare import prepare_data, prepare_heldout
 from qmemtune.engine.progress import Progress, SilentProgress
-from qmemtune.engine.restore import LoadedRun, load_run, require_adapter
+from qmemtune.engine.restore import LoadedRun, load_run
 from qmemtune.errors import RunFailed
 from qmemtune.evaluation.samples import evenly_spaced
 from qmemtune.export.base_choice import compare_bases
 from qmemtune.export.card import write_card
 from qmemtune.export.destination import check_destination, written_whole
-from qmemtune.export.exactness import exactness
+from qmemtune.export.exactness import exactness, require_exportable
 from qmemtune.export.fidelity import FILE as FIDELITY
 from qmemtune.export.fidelity import exact_matches, fidelity, too_far
 from qmemtune.export.lora import copy_adapter, write_folded_lora
@@ -92,14 +91,8 @@ def export_run(run: RunDir, config: Config, *, progress: Progress | None = None)
         UserError: the run has no adapter, or the destination cannot be written.
         RunFailed: the export is too far from the live model.
     """
-    if isinstance(config.adapter, MethodConfig):
-        raise UserError(
-            "adapter=peft is for comparisons and has no export of its own",
-            where=str(run.adapter),
-            fix="that folder is a PEFT adapter already: PeftModel.from_pretrained loads it",
-        )
     start = time.perf_counter()
-    require_adapter(run)
+    require_exportable(run, config)
     path = Path(config.export.path).expanduser() if config.export.path else run.export / config.export.format
     check_destination(path, force=config.export.force)
     found = exactness(config, config.export.format)

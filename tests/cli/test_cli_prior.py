@@ -63,7 +63,7 @@ def test_an_encoder_that_moved_is_given_anew(trained, call):
 def test_an_exported_adapter_names_its_encoder_and_finds_it_beside_its_weights(trained, call, tiny_llama_dir):
     moved = f"adapter.prior_encoder={trained / 'moved'}"
     out = trained / "export"
-    call("merge-export", f"run_dir={trained / 'run'}", moved, "export.format=adapter", f"export.path={out}")
+    call("merge-export", f"run_dir={trained / 'run'}", moved, "export.format=live", f"export.path={out}")
     for file in ("adapter_config.json", "qmemtune.json"):
         assert str(trained) not in (out / file).read_text(encoding="utf-8")
     measure = ["eval", f"export.path={out}", f"model.path={tiny_llama_dir}", f"data.path={trained / 'rows.jsonl'}"]
