@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qmemtune.adapters.queryable.layer import QueryableLinear
 from qmemtune.adapters.queryable.memory import memory_of
+from qmemtune.adapters.queryable.statistics import RouteStatistics, active_adapter
 
 
 @dataclass(frozen=True)
@@ -40,26 +41,18 @@ def mean_routes(model: nn.Module, forwards: Iterable[Callable[[], object]]) -> d
     memory = memory_of(model)
     if memory is None:
         raise ValueError("the model has no queryable memory")
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, float] = {}
-
-    def observe(name: str, block: int, weights: Tensor, mask: Tensor | None) -> None:
-        flat = weights.flatten(0, -2).double()
-        if mask is not None and mask.shape == weights.shape[:-1]:
-            flat = flat[mask.flatten().bool()]
-        sums[block] = sums.get(block, torch.zeros_like(flat[0])) + flat.sum(dim=0)
-        counts[block] = counts.get(block, 0.0) + flat.shape[0]
-
-    memory.observer = observe
+    statistics = RouteStatistics(active_adapter(memory), torch.float64)
+    memory.observer = statistics
     try:
         with torch.no_grad():
             for forward in forwards:
                 forward()
     finally:
         memory.observer = None
-    if not counts or not all(counts.values()):
+    use = statistics.use(statistics.table(torch.device("cpu"))) if statistics.observed else None
+    if use is None or not use.tokens:
         raise ValueError("no calibration token passed through the memory")
-    return {block: sums[block] / counts[block] for block in sorted(sums)}
+    return {block: torch.tensor(weights, dtype=torch.float64) for block, weights in enumerate(use.use)}
 
 
 def mean_fold(model: nn.Module, forwards: Iterable[Callable[[], object]]) -> dict[str, FoldedLayer]:

@@ -76,18 +76,22 @@ class RouteStatistics:
     """A route observer that sums up one adapter's routes; set it as ``memory.observer`` for some forward passes.
 
     Costs a few elementwise passes over the routes (B, T, M) of each block, and no synchronisation with a GPU before
-    :meth:`use` or :meth:`table` is asked.
+    :meth:`use` is asked.
+
+    Args:
+        adapter: whose routes.
+        dtype: of the sums.
     """
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: str, dtype: torch.dtype = torch.float32) -> None:
+        self.adapter, self.dtype = adapter, dtype
         self._sums: dict[int, Tensor] = {}
 
     def __call__(self, name: str, block: int, weights: Tensor, mask: Tensor | None) -> None:
         """Add a route (..., M); padding, where ``mask`` (B, T) fits, does not count."""
         if name != self.adapter:
             return
-        flat = weights.detach().flatten(0, -2).float()
+        flat = weights.detach().flatten(0, -2).to(self.dtype)
         entropy = torch.special.entr(flat).sum(dim=-1)
         if mask is not None and mask.shape == weights.shape[:-1]:
             # No matrix product: autocast would round the sums.
@@ -97,13 +101,18 @@ class RouteStatistics:
             sums = torch.cat([flat.sum(dim=0), entropy.sum()[None], flat.new_tensor([flat.shape[0]])])
         self._sums[block] = self._sums[block] + sums if block in self._sums else sums
 
+    @property
+    def observed(self) -> bool:
+        """Whether any route was."""
+        return bool(self._sums)
+
     def table(self, device: torch.device) -> Tensor:
         """The sums, (N, M + 2): weights, entropies in nats, tokens. Several processes' tables may be added.
 
         Raises:
             ValueError: no route was formed.
         """
-        if not self._sums:
+        if not self.observed:
             raise ValueError("no route was formed while the statistics were observing")
         return torch.stack([self._sums[block].to(device) for block in sorted(self._sums)])
 
