@@ -55,6 +55,7 @@ def with_run_dir(arguments: Sequence[str]) -> list[str]:
 
 def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any]:
     from qmemtune.cli.target import load_target
+    from qmemtune.config.checks import is_regression
 
     run, composed = load_target(overrides, out)
     config = composed.config
@@ -63,6 +64,12 @@ def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any
             f"the run's adapter is {config.adapter.kind}, which has no memory to look into",
             where=str(run.path),
             fix="inspect a run that was trained with adapter=queryable",
+        )
+    if is_regression(config):
+        raise UserError(
+            "the run is a regression, which has no tokens to look at",
+            where=str(run.path),
+            fix="inspect a run of a language model",
         )
     from qmemtune.cli.display import RowCounter
     from qmemtune.data.prepare import prepare_heldout

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="regression, instructions, gsm8k or ablations.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="regression, instructions, instruction_prior, gsm8k or ablations.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
