@@ -180,7 +180,7 @@ def _chat(speaker: Speaker, out: Output) -> None:
 
     data = speaker.loaded.config.data
     form = data.format if data.format != "auto" else form_of_training_rows(data)
-    remembers = form == "messages" or data.chat == "always"
+    remembers = form in ("messages", "sharegpt") or data.chat == "always"
     out.note("an empty line or Ctrl-D ends it" + ("; /new starts a new conversation" if remembers else ""))
     messages: list[dict[str, str]] = []
     while True:

@@ -103,7 +103,7 @@ class DataConfig:
     """Hub data sets only: the split that holds the training rows."""
     eval_split: str | None = None
     """Hub data sets only: the split that holds the held-out rows."""
-    format: Literal["auto", "alpaca", "prompt_completion", "messages"] = "auto"
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = "auto"
     """Row form; auto recognises it by the columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """Mapping from a field of the row form to the column that holds it, e.g. {prompt: question}."""
@@ -114,11 +114,12 @@ class DataConfig:
     remove_pattern: str | None = None
     """Regular expression; what it matches is removed from completions and reference answers."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """Render with the tokenizer's chat template: auto does it for messages rows only."""
+    """Render with the tokenizer's chat template: auto does it for messages and sharegpt rows only."""
     system: str | None = None
     """System prompt put before each conversation that has none."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Tokens in the loss: the completion (in a chat every assistant turn), or all of them."""
+    loss_on: Literal["completion", "last_turn", "all"] = "completion"
+    """Tokens in the loss: the completion (in a chat every assistant turn without weight: 0), in a chat only the last
+    assistant turn, or all of them."""
     instruction: Literal["user", "system", "column", "none"] = "user"
     """Text given to the instruction prior: first user turn or prompt, system prompt, a mapped column, or none."""
     max_length: int = 1024

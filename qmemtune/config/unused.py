@@ -9,6 +9,9 @@ from qmemtune.config.checks import looks_local, uses_prior
 from qmemtune.config.fields import fields_of
 from qmemtune.config.schema import Config
 
+CONVERSATIONS = ("messages", "sharegpt")
+"""Row forms that are conversations; the data layer, which this one may not import, has the same."""
+
 
 def unused_options(config: Config, given: Mapping[str, str]) -> list[str]:
     """One line for every given option that does nothing in this config.
@@ -56,11 +59,11 @@ def _data(c: Config) -> dict[str, str]:
         reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_split gives the held-out rows"
     elif c.data.path.startswith("generated:"):
         reasons["data.eval_fraction"] = reasons["data.split_seed"] = f"{c.data.path} brings its held-out rows"
-    if c.data.chat == "never" and c.data.format != "messages":
+    if c.data.chat == "never" and c.data.format not in CONVERSATIONS:
         reasons["data.system"] = "data.chat is never"
-    if c.data.format == "messages":
+    if c.data.format in CONVERSATIONS:
         for name in ("prompt_template", "completion_template"):
-            reasons[f"data.{name}"] = "messages rows are rendered by the chat template"
+            reasons[f"data.{name}"] = f"{c.data.format} rows are rendered by the chat template"
     return reasons
 
 

@@ -7,13 +7,13 @@ follow (some drop reasoning), each assistant turn becomes a row of its own, rend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
 
+from qmemtune.data.conversations import Message
 from qmemtune.data.encode import Encoder, Segment
-from qmemtune.data.formats import Message
 from qmemtune.data.records import RowError
 from qmemtune.errors import UserError
 
@@ -46,6 +46,9 @@ class ChatRenderer:
         self.encoder = encoder
         self.ends_turns = self._probe()
         """Whether the template ends an answer with a special token, so that generation can stop there."""
+        self.incomplete = 0
+        """Conversations rendered so far of which the template leaves out or changes a text."""
+        self._tools: list[Any] | None = None
 
     def text(self, conversation: Sequence[Message], generation_prompt: bool = False) -> str:
         """The rendered conversation.
@@ -55,7 +58,10 @@ class ChatRenderer:
         """
         try:
             text: str = self.tokenizer.apply_chat_template(
-                list(conversation), tokenize=False, add_generation_prompt=generation_prompt
+                list(conversation),
+                tools=getattr(self, "_tools", None),
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         except TEMPLATE_FAULTS as error:
             raise RowError("the chat template refuses the conversation", str(error)) from error
@@ -103,34 +109,52 @@ class ChatRenderer:
             spans.append(span)
         return spans
 
-    def training_rows(self, conversation: Sequence[Message], muted: frozenset[int]) -> list[list[Segment]]:
+    def training_rows(
+        self,
+        conversation: Sequence[Message],
+        muted: frozenset[int],
+        *,
+        tools: Sequence[Any] = (),
+        last_turn: bool = False,
+    ) -> list[list[Segment]]:
         """One row of segments, or one for each answer if the template rewrites earlier turns.
 
         In each the last segment is the last answer; all before it are its prompt.
 
+        Args:
+            muted: indices of answers that are not in the loss.
+            tools: functions on offer.
+            last_turn: leave all answers but the last out of the loss.
+
         Raises:
             RowError: the template refuses the conversation, or an answer cannot be found in its rendering.
         """
-        marked, mark = self._marked(conversation)
+        marked, mark = self._marked(conversation, tools)
         answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
+        if last_turn:
+            muted = muted | set(answers[:-1])
         if muted.issuperset(answers):
-            raise RowError("every assistant message has weight 0")
+            raise RowError("every assistant message in the loss has weight 0")
         whole, _ = self._turn(marked, answers[-1])
+        self._check_whole(marked, whole, mark)
         spans = self._spans(marked, whole, answers)
         if spans is not None:
+            for i, (start, end) in zip(answers, spans, strict=True):
+                check_calls(marked[i], whole[start:end])
             losses = [i not in muted for i in answers]
             return [self._segments(whole[: spans[-1][1]], spans, losses, mark)]
         rows = []
         for index in answers:
             if index not in muted:
                 after, span = self._turn(marked, index)
+                check_calls(marked[index], after[span[0] :])
                 history = self._history(marked[:index], self.text(marked[:index], generation_prompt=True))
                 rows.append(self._segments(after[: span[1]], [*history, span], [False] * len(history) + [True], mark))
         return rows
 
-    def prompt(self, conversation: Sequence[Message]) -> list[Segment]:
+    def prompt(self, conversation: Sequence[Message], tools: Sequence[Any] = ()) -> list[Segment]:
         """Segments of a conversation that the model is to answer: the same as a training row's before its answer."""
-        marked, mark = self._marked(conversation)
+        marked, mark = self._marked(conversation, tools)
         whole = self.text(marked, generation_prompt=True)
         spans = self._history(marked, whole)
         return self._segments(whole, spans, [False] * len(spans), mark)
@@ -139,12 +163,30 @@ class ChatRenderer:
         answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
         return self._spans(conversation, whole, answers) or []
 
-    def _marked(self, conversation: Sequence[Message]) -> tuple[list[Message], str]:
+    def _marked(self, conversation: Sequence[Message], tools: Sequence[Any]) -> tuple[list[Message], str]:
         """The conversation with a mark inside every special token's name in its texts, and the mark."""
-        mark = self.encoder.free_mark(message["content"] for message in conversation)
-        return [
-            {**message, "content": mark.join(self.encoder.protected(message["content"]))} for message in conversation
-        ], mark
+        mark = self.encoder.free_mark(texts_in([conversation, tools]))
+
+        def marked(value: Any) -> Any:
+            if isinstance(value, str):
+                return mark.join(self.encoder.protected(value))
+            if isinstance(value, dict):
+                return {marked(key): marked(part) for key, part in value.items()}
+            return [marked(part) for part in value] if isinstance(value, list | tuple) else value
+
+        self._tools = [marked(tool) for tool in tools] or None
+        # A role is one of a few words, and the template compares it.
+        return [{k: v if k in ("role", "type") else marked(v) for k, v in m.items()} for m in conversation], mark
+
+    def _check_whole(self, conversation: Sequence[Message], whole: str, mark: str) -> None:
+        """Refuse what would lose tools or let text become a control token; count texts that are not there."""
+        if mark.encode("ascii", "backslashreplace").decode() in whole:
+            raise RowError("the chat template escapes text in a way that special tokens cannot be kept out of")
+        for tool in self._tools or ():
+            name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
+            if isinstance(name, str) and name not in whole:
+                raise RowError("the chat template leaves out the tools on offer", name)
+        self.incomplete += any(message["content"].strip() not in whole for message in conversation)
 
     @staticmethod
     def _segments(text: str, spans: Sequence[Span], losses: Sequence[bool], mark: str) -> list[Segment]:
@@ -156,3 +198,23 @@ class ChatRenderer:
         if end < len(text):
             segments.append(Segment(tuple(text[end:].split(mark)), False))
         return segments
+
+
+def check_calls(message: Message, turn: str) -> None:
+    """Raise RowError if the rendering of an answer lacks a tool that it calls."""
+    for call in message.get("tool_calls", ()):
+        if call["function"]["name"] not in turn:
+            raise RowError("the chat template leaves out tool calls", call["function"]["name"])
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in nested lists and objects, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from texts_in(key)
+            yield from texts_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from texts_in(part)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmemtune.config.schema import DataConfig
-from qmemtune.data.formats import FORMS, Fields, Form, Message, Parts, as_text
-from qmemtune.data.records import RawRow, Rejected, RowError, is_unicode
+from qmemtune.data.conversations import Message
+from qmemtune.data.formats import CONVERSATIONS, FORMS, Fields, Form, Parts
+from qmemtune.data.records import RawRow, Rejected, RowError, as_text, is_blank, is_unicode
 from qmemtune.data.templates import TextParts, TextTemplate, joined
 from qmemtune.errors import Finding, UserError
 
@@ -29,6 +30,7 @@ class Example:
     completion: TextParts
     messages: list[Message]
     muted: frozenset[int]
+    tools: list[dict[str, Any]]
     system: str
     instruction: str
     group: str
@@ -37,12 +39,20 @@ class Example:
     @property
     def answer(self) -> str:
         """The reference answer; in a conversation the last one."""
-        return self.messages[-1]["content"] if self.messages else joined(self.completion)
+        if not self.messages:
+            return joined(self.completion)
+        last = self.messages[-1]
+        return last["content"] or json.dumps([call["function"] for call in last["tool_calls"]], ensure_ascii=False)
 
     def prompt_key(self) -> str:
-        """What two rows share if they ask the same: system prompt and everything before the last answer."""
+        """What two rows share if they ask the same: system prompt and everything before the last answer.
+
+        A plain text asks nothing: it is its own key.
+        """
         if self.messages:
             return json.dumps([self.system, self.messages[:-1]], ensure_ascii=False)
+        if not self.prompt:
+            return json.dumps([joined(self.completion)], ensure_ascii=False)
         return json.dumps([self.system, joined(self.prompt)], ensure_ascii=False)
 
 
@@ -91,12 +101,25 @@ class ExampleMaker:
                 where="data.instruction",
                 fix=f"data.columns='{{instruction: COLUMN}}' with one of {', '.join(known)}",
             )
-        if self.form.name == "messages" and (self.prompt_template or self.completion_template):
+        self.check_templates()
+
+    def check_templates(self) -> None:
+        """Raise UserError for options that the form has no use for."""
+        form = self.form.name
+        if form in CONVERSATIONS and (self.prompt_template or self.completion_template):
             raise UserError(
-                "prompt_template and completion_template do not apply to messages rows",
+                f"prompt_template and completion_template do not apply to {form} rows",
                 where="data.prompt_template" if self.prompt_template else "data.completion_template",
                 fix="leave them out; model.chat_template changes how conversations are rendered",
             )
+        unused = {"data.prompt_template": self.prompt_template, "data.system": self.config.system}
+        for key, given in unused.items():
+            if form == "text" and given:
+                raise UserError(
+                    "plain text has no prompt, so this does not apply to it",
+                    where=key,
+                    fix="leave it out, or name another form with data.format=",
+                )
 
     def chosen_form(self, rows: Sequence[RawRow], known: Sequence[str]) -> Form:
         if self.config.format != "auto":
@@ -156,15 +179,16 @@ class ExampleMaker:
                 None if completion is None else joined(completion),
             )
         )
-        prompt = prompt or ((False, parts.prompt),)
+        if self.form.name != "text":
+            prompt = prompt or ((False, parts.prompt),)
         completion = completion or ((False, parts.completion),)
         if self.remove is not None:
             completion = tuple((own, self.remove.sub("", text)) for own, text in completion)
             for message in parts.messages:
                 if message["role"] == "assistant":
                     message["content"] = self.remove.sub("", message["content"])
-            answers = [message["content"] for message in parts.messages if message["role"] == "assistant"]
-            if not all(text.strip() for text in answers or [joined(completion)]):
+            answers = [m["content"] for m in parts.messages if m["role"] == "assistant" and "tool_calls" not in m]
+            if any(is_blank(text) for text in (answers if parts.messages else [joined(completion)])):
                 raise RowError("nothing of the completion is left after data.remove_pattern")
         system = parts.system or self.config.system or ""
         if system and parts.messages and not any(m["role"] in ("system", "developer") for m in parts.messages):
@@ -172,10 +196,11 @@ class ExampleMaker:
             parts.muted = frozenset(i + 1 for i in parts.muted)
         return Example(
             user=parts.user,
-            prompt=prompt,
+            prompt=prompt or (),
             completion=completion,
             messages=parts.messages,
             muted=parts.muted,
+            tools=parts.tools,
             system=system,
             instruction=self.instruction(parts, system, row),
             group=self.group(row),
@@ -183,10 +208,10 @@ class ExampleMaker:
         )
 
     def filled(self, text_template: TextTemplate | None, row: RawRow, part: str) -> TextParts | None:
-        if text_template is None or self.form.name == "messages":
+        if text_template is None or self.form.name in CONVERSATIONS:
             return None
         text = text_template.render(lambda name: self.column_text(row.values, name))
-        if not joined(text).strip():
+        if is_blank(joined(text)):
             raise RowError(f"the {part} is empty")
         return text
 

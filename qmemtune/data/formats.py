@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qmemtune.data.records import RowError, is_unicode, kind_of
-
-Message = dict[str, str]
+from qmemtune.data.conversations import Message, from_openai, from_sharegpt, tool_list
+from qmemtune.data.records import RowError, as_text, is_blank, kind_of
 
 ALPACA_PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -23,7 +22,6 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass
@@ -44,6 +42,8 @@ class Parts:
     """The whole conversation, for forms that are one."""
     muted: frozenset[int] = frozenset()
     """Indices of assistant messages that are not in the loss."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Functions that the conversation may call."""
 
 
 class Fields:
@@ -81,22 +81,28 @@ class Fields:
         if column not in self.values:
             raise RowError(f"column '{column}' is missing", f"the row has {', '.join(map(str, self.values)) or 'none'}")
         text = as_text(self.values[column], f"column '{column}'")
-        if not text.strip():
-            raise RowError(f"column '{column}' is empty")
+        if is_blank(text):
+            raise RowError(f"column '{column}' is empty", "only invisible characters" if text.strip() else "")
         return text
+
+    def list_of(self, name: str) -> list[Any]:
+        """The messages of a field that a row must have.
+
+        Raises:
+            RowError: missing, or no list.
+        """
+        column = self.columns.get(name, name)
+        if column not in self.values:
+            raise RowError(f"column '{column}' is missing", f"the row has {', '.join(map(str, self.values)) or 'none'}")
+        found = self.values[column]
+        if not isinstance(found, list):
+            raise RowError(f"column '{column}' is {kind_of(found)}, not a list of messages")
+        return found
 
     def optional(self, name: str) -> str:
         """The text of a field that may be missing, null or empty; then ``""``."""
         value = self.get(name)
         return "" if value is None else as_text(value, f"column '{self.columns.get(name, name)}'")
-
-
-def as_text(value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{what} is {kind_of(value)}, not text")
-    if not is_unicode(value):
-        raise RowError(f"{what} is not valid Unicode text", "bytes that are not UTF-8, or a lone surrogate")
-    return value
 
 
 @dataclass(frozen=True)
@@ -187,62 +193,43 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
     return template.format(instruction=instruction, input=extra)
 
 
-@form(required=("messages",), optional=("instruction", "system"))
+@form(required=("messages",), optional=("instruction", "system", "tools"))
 def messages(row: Fields) -> Parts:
-    """``messages``: a list of ``{role, content}`` as OpenAI's chat format has it; every assistant turn is in the loss.
+    """``messages``: a list of ``{role, content}`` as OpenAI's chat format has it, tool calls included.
 
-    An assistant message with ``weight: 0`` is context only. Turns after the last assistant message are left out.
+    Optionally ``tools``, the functions on offer. An assistant message with ``weight: 0`` is context only. Turns after
+    the last assistant message are left out.
     """
-    column = row.columns.get("messages", "messages")
-    if column not in row.values:
-        raise RowError(f"column '{column}' is missing", f"the row has {', '.join(map(str, row.values)) or 'none'}")
-    found = row.values[column]
-    if not isinstance(found, list):
-        raise RowError(f"column '{column}' is {kind_of(found)}, not a list of messages")
-    conversation = [check_message(message, number) for number, message in enumerate(found, start=1)]
-    answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
-    if not answers:
-        raise RowError("no assistant message")
-    conversation = conversation[: answers[-1] + 1]
+    return conversation_parts(row, *from_openai(row.list_of("messages")))
+
+
+@form(required=("conversations",), optional=("instruction", "system", "tools"))
+def sharegpt(row: Fields) -> Parts:
+    """``conversations``: a list of ``{from, value}``; human, gpt, system, function_call, observation, tool speak."""
+    return conversation_parts(row, *from_sharegpt(row.list_of("conversations")))
+
+
+def conversation_parts(row: Fields, conversation: list[Message], muted: frozenset[int]) -> Parts:
+    """What a form that is a conversation finds."""
     turns = [message["content"] for message in conversation if message["role"] == "user"]
-    if not turns:
-        raise RowError("no user message before an answer")
     systems = [message["content"] for message in conversation if message["role"] in ("system", "developer")]
+    tools = row.get("tools")
     return Parts(
         user=turns[0],
         completion=conversation[-1]["content"],
         instruction=turns[0],
         system=systems[0] if systems else row.optional("system"),
         messages=conversation,
-        muted=frozenset(i for i in answers if found[i].get("weight") == 0),
+        muted=muted,
+        tools=[] if tools is None else tool_list(tools),
     )
 
 
-def check_message(message: object, number: int) -> Message:
-    """One message as ``{role, content}`` with plain text.
-
-    Raises:
-        RowError: it is not that.
-    """
-    if not isinstance(message, dict):
-        raise RowError("a message is not an object", f"message {number} is {kind_of(message)}")
-    role = message.get("role")
-    if role not in ROLES:
-        raise RowError(f"a message's role is none of {', '.join(ROLES)}", f"message {number}: {role!r:.40}")
-    for key in ("tool_calls", "function_call"):
-        if message.get(key):
-            raise RowError("tool calls are not supported", f"message {number}")
-    content = message.get("content")
-    if isinstance(content, list) and content and all(is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    try:
-        text = as_text(content, "a message's content")
-    except RowError as error:
-        raise RowError(error.reason, f"message {number}") from None
-    if role == "assistant" and not text.strip():
-        raise RowError("an assistant message is empty", f"message {number}")
-    return {"role": role, "content": text}
+@form(required=("text",), completion_field="text")
+def text(row: Fields) -> Parts:
+    """``text``: plain text, all of it in the loss; what is over ``max_length`` goes on in further rows."""
+    return Parts(completion=row.text("text") if row.completion is None else row.completion)
 
 
-def is_text_part(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+CONVERSATIONS = ("messages", "sharegpt")
+"""Forms that are conversations and need a chat template."""

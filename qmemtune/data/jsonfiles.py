@@ -17,6 +17,7 @@ from qmemtune.errors import UserError
 
 SPACE = re.compile(r"[ \t\r\n]*")
 MALFORMED = "malformed JSON"
+DUPLICATE_KEY = "a key is given twice"
 WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
@@ -32,6 +33,26 @@ def check_encoding(path: Path) -> None:
         )
 
 
+class DuplicateKeyError(ValueError):
+    """An object gives one key twice: which value counts cannot be known."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text's pairs.
+
+    Raises:
+        DuplicateKeyError: a key occurs twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
+
+
 def read_jsonl(path: Path) -> Iterator[RawRow | Rejected]:
     """Rows of a file with one JSON object a line; blank lines are passed over."""
     check_encoding(path)
@@ -44,11 +65,13 @@ def read_jsonl(path: Path) -> Iterator[RawRow | Rejected]:
             if not line:
                 continue
             try:
-                value = json.loads(line)
+                value = DECODER.decode(line)
             except json.JSONDecodeError as error:
                 yield Rejected(name, number, MALFORMED, f"{error.msg} at column {error.colno}", excerpt(line))
             except RecursionError:
                 yield Rejected(name, number, MALFORMED, "nested too deeply", excerpt(line))
+            except DuplicateKeyError as error:
+                yield Rejected(name, number, DUPLICATE_KEY, f"'{error}'", excerpt(line))
             except ValueError as error:  # for one, an integer of thousands of digits
                 yield Rejected(name, number, MALFORMED, str(error), excerpt(line))
             else:
@@ -113,14 +136,18 @@ def array_rows(text: str, start: int, path: Path) -> Iterator[RawRow | Rejected]
     while True:
         line += text.count("\n", counted, position)
         counted = position
+        found: RawRow | Rejected | None = None
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, end = DECODER.raw_decode(text, position)
         except json.JSONDecodeError:
             raise
+        except DuplicateKeyError as error:
+            value, end = decoder.raw_decode(text, position)
+            found = Rejected(str(path), line, DUPLICATE_KEY, f"'{error}'", excerpt(text[position:end]))
         except ValueError as error:
             raise json.JSONDecodeError(str(error), text, position) from error
-        yield as_row(value, str(path), line)
-        position = skip_space(text, position)
+        yield found or as_row(value, str(path), line)
+        position = skip_space(text, end)
         mark = text[position : position + 1]
         if mark == "]":
             end_of_document(text, position + 1)
@@ -176,4 +203,4 @@ def list_spans(text: str, start: int) -> dict[str, tuple[int, int]]:
 
 
 def is_conversation(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
+    return bool(value) and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)

@@ -10,6 +10,7 @@ from typing import Any
 from qmemtune.config.schema import MISSING, DataConfig
 from qmemtune.data.encode import Encoder
 from qmemtune.data.examples import Example, ExampleMaker
+from qmemtune.data.formats import CONVERSATIONS
 from qmemtune.data.records import RawRow, Rejected
 from qmemtune.data.render import Renderer
 from qmemtune.data.report import DataReport, PartReport, SourceReport
@@ -174,18 +175,26 @@ class Preparation:
         renderer = Renderer(self.config, source.form, self.tokenizer, self.encoder)
         rows, rejected = tokenize(examples, renderer, self.config, part, self.report)
         source.report.rejected.extend(rejected)
+        if renderer.chat is not None:
+            self.report.incomplete_conversations += renderer.chat.incomplete
         if renderer.chat is not None and not renderer.chat.ends_turns:
             self._warn("the chat template ends answers without a special token: generation may not stop by itself")
         return rows
 
     def _advise(self, source: Source) -> None:
-        is_chat = source.form == "messages" or self.config.chat == "always"
+        is_chat = source.form in CONVERSATIONS or self.config.chat == "always"
         if not is_chat and self.encoder.eos_token_id is None:
             self._warn("the tokenizer has no end-of-sequence token: the model does not learn to stop")
         if self.report.split_conversations:
             self._warn(
                 f"{self.report.split_conversations} conversations became one row an answer: "
                 "the chat template writes earlier turns differently once later ones follow"
+            )
+
+        if self.report.incomplete_conversations:
+            self._warn(
+                f"{self.report.incomplete_conversations} conversations hold a text that the chat template leaves out "
+                "or changes (some drop system prompts or earlier reasoning): look at a few with `qmemtune data`"
             )
 
     def _warn(self, warning: str | None) -> None:

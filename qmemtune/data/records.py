@@ -86,6 +86,28 @@ def kind_of(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+INVISIBLE = "\x00\u200b\u200c\u200d\u2060\ufeff"
+"""Characters that strip() leaves, and nobody sees."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing in a text can be seen."""
+    return not text.strip() or not text.strip(INVISIBLE + " \t\r\n\v\f")
+
+
+def as_text(value: object, what: str) -> str:
+    """``value`` itself, if it is text that a tokenizer takes.
+
+    Raises:
+        RowError: it is not.
+    """
+    if not isinstance(value, str):
+        raise RowError(f"{what} is {kind_of(value)}, not text")
+    if not is_unicode(value):
+        raise RowError(f"{what} is not valid Unicode text", "bytes that are not UTF-8, or a lone surrogate")
+    return value
+
+
 def is_unicode(text: str) -> bool:
     """False for text that no tokenizer takes: undecodable bytes (read as surrogates) or lone surrogate escapes."""
     try:

@@ -9,9 +9,10 @@ from typing import Any
 
 from qmemtune.config.schema import DataConfig
 from qmemtune.data.chat import ChatRenderer
+from qmemtune.data.conversations import Message, check_message
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.examples import Example, ExampleMaker, template
-from qmemtune.data.formats import Message, alpaca_prompt, check_message
+from qmemtune.data.formats import CONVERSATIONS, alpaca_prompt
 from qmemtune.data.records import RawRow, RowError
 from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.templates import TextParts
@@ -35,13 +36,19 @@ class Renderer:
         self.config = config
         self.form = form
         self.encoder = encoder or Encoder(tokenizer)
-        if form == "messages" and config.chat == "never":
+        if form in CONVERSATIONS and config.chat == "never":
             raise UserError(
-                "messages rows are conversations and cannot be rendered without a chat template",
+                f"{form} rows are conversations and cannot be rendered without a chat template",
                 where="data.chat",
                 fix="set data.chat=auto, or turn the rows into prompt and completion columns",
             )
-        is_chat = form == "messages" or config.chat == "always"
+        if form == "text" and config.chat == "always":
+            raise UserError(
+                "plain text has no turns and cannot be rendered as a chat",
+                where="data.chat",
+                fix="set data.chat=auto, or turn the rows into prompt and completion columns",
+            )
+        is_chat = form in CONVERSATIONS or config.chat == "always"
         self.chat = ChatRenderer(tokenizer, self.encoder) if is_chat else None
 
     def training_rows(self, example: Example) -> list[list[Segment]]:
@@ -56,8 +63,11 @@ class Renderer:
                 {"role": "user", "content": example.user},
                 {"role": "assistant", "content": example.answer},
             ]
-            return self.chat.training_rows(conversation, example.muted)
+            last_turn = self.config.loss_on == "last_turn"
+            return self.chat.training_rows(conversation, example.muted, tools=example.tools, last_turn=last_turn)
         completion = Segment(self._pieces(example.completion), loss=True, eos=True)
+        if not example.prompt:
+            return [[completion]]
         return [[self._plain_prompt(example.system, example.prompt), completion]]
 
     def prompt_ids(self, segments: Sequence[Segment]) -> list[int]:
@@ -134,7 +144,7 @@ def render_prompt(
 def prompt_parts(config: DataConfig, form: str, prompt: str | Mapping[str, str]) -> tuple[TextParts, str]:
     """A prompt dressed for plain rendering, and bare for a chat."""
     text_template = template(config.prompt_template, "data.prompt_template")
-    if text_template is not None and form != "messages":
+    if text_template is not None and form not in CONVERSATIONS:
         fields = text_template.fields
         if isinstance(prompt, str):
             if len(fields) > 1:

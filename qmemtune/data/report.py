@@ -75,6 +75,8 @@ class PartReport:
     """Tokens of the longest row, after the cut."""
     cut_tokens: int = 0
     """Tokens that were cut off."""
+    continued: int = 0
+    """Rows that go on with a plain text where max_length was reached."""
 
     def as_dict(self) -> dict[str, int]:
         return dict(vars(self))
@@ -87,6 +89,7 @@ class PartReport:
             if self.truncated
             else ""
         )
+        cut += f", {self.continued:,} of them go on with a longer text" if self.continued else ""
         return (
             f"{name}: {self.rows:,} rows, {self.tokens:,} tokens ({self.loss_tokens:,} in the loss), "
             f"longest {self.longest:,}{cut}"
@@ -105,6 +108,8 @@ class DataReport:
     """Training rows left out because their prompt is also a held-out row's."""
     split_conversations: int = 0
     """Conversations that became several rows, one an answer, because the template rewrites earlier turns."""
+    incomplete_conversations: int = 0
+    """Conversations with a text that the chat template leaves out or changes."""
     warnings: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -127,6 +132,7 @@ class DataReport:
             "rejected": sum(len(source.rejected) for source in self.sources),
             "removed_as_heldout": self.removed_as_heldout,
             "split_conversations": self.split_conversations,
+            "incomplete_conversations": self.incomplete_conversations,
             "warnings": list(self.warnings),
         }
 

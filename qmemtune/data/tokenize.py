@@ -38,7 +38,10 @@ def tokenize(
         encoded = renderer.encoder.encode([segments for _, segments in rendered])
         for (example, segments), ids in zip(rendered, encoded, strict=True):
             try:
-                add_row(rows, example, segments, ids, renderer, config, part)
+                if renderer.form == "text":
+                    add_text(rows, example, ids[0], renderer, config, part)
+                else:
+                    add_row(rows, example, segments, ids, renderer, config, part)
             except RowError as error:
                 rejected.append(example.raw.rejected(error))
     part.rows = len(rows)
@@ -95,3 +98,33 @@ def add_row(
         group=example.group,
         origin=example.raw.origin,
     )
+
+
+def add_text(
+    rows: TokenRows, example: Example, ids: Sequence[int], renderer: Renderer, config: DataConfig, part: PartReport
+) -> None:
+    """Add a plain text: all of it in the loss, in as many rows as it takes.
+
+    Raises:
+        RowError: it has fewer than two tokens, so none is predicted.
+    """
+    tokens = [*renderer.encoder.bos_ids, *ids]
+    if len(tokens) < 2:
+        raise RowError("the text has too few tokens", f"{len(tokens)}")
+    size = max(config.max_length, 2)
+    pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    if len(pieces[-1]) == 1:
+        # The first token of a row is never predicted: a rest of one would be no row.
+        pieces.pop()
+    part.continued += len(pieces) - 1
+    for piece in pieces:
+        rows.append(
+            piece,
+            len(piece),
+            max(1, min(len(renderer.encoder.bos_ids), len(piece) - 1)),
+            [(1, len(piece))],
+            instruction=example.instruction,
+            answer=example.answer,
+            group=example.group,
+            origin=example.raw.origin,
+        )

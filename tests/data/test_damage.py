@@ -46,6 +46,24 @@ LINES = {
         b'{"prompt": "a", "completion": "b", "instruction": 7}',
         "column 'instruction' is a number, not text",
     ),
+    "key twice": (b'{"prompt": "a", "completion": "b", "prompt": "c"}', "a key is given twice"),
+    "key twice inside": (b'{"prompt": "a", "completion": "b", "x": {"y": 1, "y": 2}}', "a key is given twice"),
+    "invisible completion": (b'{"prompt": "a", "completion": "\\u200b\\ufeff"}', "column 'completion' is empty"),
+    "NUL only": (b'{"prompt": "\\u0000", "completion": "b"}', "column 'prompt' is empty"),
+    "raw tab": (b'{"prompt": "a\tb", "completion": "b"}', "malformed JSON"),
+    "bad escape": (b'{"prompt": "C:\\dir", "completion": "b"}', "malformed JSON"),
+    "no colon": (b'{"prompt" "a", "completion": "b"}', "malformed JSON"),
+    "comment": (b'{"prompt": "a", /* b */ "completion": "b"}', "malformed JSON"),
+    "BOM in the middle": (b"\xef\xbb\xbf" + GOOD, "malformed JSON"),
+    "NUL bytes": (b"\x00" * 8, "malformed JSON"),
+    "infinity": (
+        b'{"prompt": "a", "completion": Infinity}',
+        "column 'completion' is not a number (NaN or infinity), not text",
+    ),
+    "huge prompt": (
+        b'{"prompt": "' + b"word " * 40_000 + b'", "completion": "b"}',
+        "all loss tokens are cut off by data.max_length",
+    ),
     "prompt beyond max_length": (
         b'{"prompt": "' + b"word " * 200 + b'", "completion": "b"}',
         "all loss tokens are cut off by data.max_length",
@@ -73,6 +91,11 @@ def test_a_damaged_line_is_named_and_its_neighbours_are_used(tmp_path, tokenizer
     assert reason in str(caught.value)
 
 
+def asked(**answer):
+    """A question and an answer with these keys."""
+    return [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
+
+
 MESSAGES = {
     "no list": ("hello", "column 'messages' is text, not a list of messages"),
     "empty list": ([], "no assistant message"),
@@ -85,7 +108,50 @@ MESSAGES = {
     "list role": ([{"role": ["user"], "content": "a"}], "a message's role is none of"),
     "null content": ([{"role": "user", "content": None}], "a message's content is null, not text"),
     "picture": ([{"role": "user", "content": [{"type": "image"}]}], "a message's content is a list, not text"),
-    "tool call": ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "tool calls are not supported"),
+    "tool call without a name": (asked(content=None, tool_calls=[{}]), "a tool call names no function"),
+    "tool calls that are no list": (asked(content=None, tool_calls="f()"), "tool_calls is not a list"),
+    "tool call that is text": (asked(content=None, tool_calls=["f()"]), "a tool call is not an object"),
+    "arguments cut off": (
+        asked(content=None, function_call={"name": "f", "arguments": '{"x": '}),
+        "a tool call's arguments are not JSON",
+    ),
+    "arguments in a list": (
+        asked(content=None, tool_calls=[{"function": {"name": "f", "arguments": [1]}}]),
+        "a tool call's arguments are not an object",
+    ),
+    "surrogate in arguments": (
+        asked(content=None, tool_calls=[{"function": {"name": "f", "arguments": {"x": "\ud800"}}}]),
+        "a tool call is not valid Unicode text",
+    ),
+    "tool call of the user": (
+        [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}, {"role": "assistant", "content": "b"}],
+        "a message that is no answer calls tools",
+    ),
+    "tool call that the template does not show": (
+        asked(content="", tool_calls=[{"function": {"name": "f", "arguments": {}}}]),
+        "the chat template leaves out tool calls",
+    ),
+    "answer first": (
+        [{"role": "assistant", "content": "b"}, *asked(content="b")],
+        "the roles are out of order",
+    ),
+    "system prompt late": (
+        [*asked(content="b"), {"role": "system", "content": "s"}, *asked(content="b")],
+        "the roles are out of order",
+    ),
+    "two answers": ([*asked(content="b"), {"role": "assistant", "content": "c"}], "the roles are out of order"),
+    "result of no call": (
+        [{"role": "user", "content": "a"}, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "b"}],
+        "the roles are out of order",
+    ),
+    "weight of a half": (asked(content="b", weight=0.5), "a message's weight is neither 0 nor 1"),
+    "weight in words": (asked(content="b", weight="none"), "a message's weight is neither 0 nor 1"),
+    "object for a list": ({"role": "user", "content": "a"}, "column 'messages' is an object, not a list of messages"),
+    "empty parts": (asked(content=[]), "a message's content is a list, not text"),
+    "part without text": (asked(content=[{"type": "text"}]), "a message's content is a list, not text"),
+    "number content": (asked(content=3), "a message's content is a number, not text"),
+    "null message": ([None, *asked(content="b")], "a message is not an object"),
+    "nested conversation": ([asked(content="b")], "a message is not an object"),
     "empty answer": (
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}],
         "an assistant message is empty",
@@ -93,9 +159,94 @@ MESSAGES = {
     "surrogate": ([{"role": "user", "content": "\ud800"}], "a message's content is not valid Unicode text"),
     "all muted": (
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}],
-        "every assistant message has weight 0",
+        "every assistant message in the loss has weight 0",
     ),
 }
+
+
+SHAREGPT = {
+    "text": ("hello", "column 'conversations' is text, not a list of messages"),
+    "OpenAI's keys": ([{"role": "user", "content": "a"}], "a speaker is none of"),
+    "own speaker": ([{"from": "bard", "value": "a"}, {"from": "gpt", "value": "b"}], "a speaker is none of"),
+    "null value": ([{"from": "human", "value": None}, {"from": "gpt", "value": "b"}], "a message's content is null"),
+    "call that is no JSON": (
+        [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(x)"}],
+        "a function_call is not JSON",
+    ),
+    "no call": ([{"from": "human", "value": "a"}, {"from": "function_call", "value": "[]"}], "a tool call names no"),
+    "observation without a call": (
+        [{"from": "human", "value": "a"}, {"from": "observation", "value": "r"}, {"from": "gpt", "value": "b"}],
+        "the roles are out of order",
+    ),
+    "no answer": ([{"from": "human", "value": "a"}], "no assistant message"),
+}
+
+
+@pytest.mark.parametrize("kind", SHAREGPT)
+def test_a_damaged_sharegpt_row_is_named(write_rows, tokenizer, kind):
+    value, reason = SHAREGPT[kind]
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path = write_rows([good, {"conversations": value}, good])
+    data = prepare_data(DataConfig(path=path, max_rejected=1, eval_fraction=0.0), tokenizer)
+    assert [row["origin"].rsplit(":")[-1] for row in data.train] == ["1", "3"]
+    (row,) = data.report.sources[0].rejected
+    assert (row.line, row.reason[: len(reason)]) == (2, reason)
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("[{", "the tools are not JSON"),
+        ({"name": "f"}, "the tools are not a list"),
+        (["f"], "the tools are not a list"),
+    ],
+)
+def test_damaged_tools_are_named(write_rows, tokenizer, tools, reason):
+    good = {"messages": asked(content="b")}
+    path = write_rows([good, {**good, "tools": tools}, good])
+    data = prepare_data(DataConfig(path=path, max_rejected=1, eval_fraction=0.0), tokenizer)
+    assert len(data.train) == 2
+    assert data.report.sources[0].rejected[0].reason.startswith(reason)
+
+
+CSV_LINES = {
+    "a field too many": (b"a,b,c", "malformed CSV: wrong number of fields"),
+    "a field too few": (b"a", "malformed CSV: wrong number of fields"),
+    "text after a quote": (b'"a"x,b', "malformed CSV"),
+    "no completion": (b"a,", "column 'completion' is empty"),
+    "Latin-1": ("größer,b".encode("latin-1"), "column 'prompt' is not valid Unicode text"),
+}
+
+
+@pytest.mark.parametrize("kind", CSV_LINES)
+def test_a_damaged_csv_line_is_named(tmp_path, tokenizer, kind):
+    line, reason = CSV_LINES[kind]
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\n".join([b"prompt,completion", b"ask,answer", line, b"ask,answer"]))
+    data = prepare_data(DataConfig(path=str(path), max_rejected=1, eval_fraction=0.0), tokenizer)
+    assert [row["origin"].rsplit(":")[-1] for row in data.train] == ["2", "4"]
+    assert [(row.line, row.reason) for row in data.report.sources[0].rejected] == [(3, reason)]
+
+
+@pytest.mark.parametrize("value", ["", " ", None, 3, ["a"], "\ud800", "a"])
+def test_a_damaged_plain_text_is_named(write_rows, tokenizer, value):
+    path = write_rows([{"text": "some words"}, {"text": value}, {"text": "more words"}])
+    data = prepare_data(DataConfig(path=path, max_rejected=1, eval_fraction=0.0), tokenizer)
+    rejected = [] if value == "a" else [2]
+    assert [row.line for row in data.report.sources[0].rejected] == rejected
+    assert len(data.train) == 3 - len(rejected)
+
+
+def test_a_key_given_twice_in_an_array_is_named(tmp_path, tokenizer):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[" + GOOD + b',\n{"prompt": "a", "prompt": "b", "completion": "c"},\n' + GOOD + b"]")
+    data = prepare_data(DataConfig(path=str(path), max_rejected=1, eval_fraction=0.0), tokenizer)
+    assert [row["origin"].rsplit(":")[-1] for row in data.train] == ["1", "3"]
+    assert [(row.line, row.reason) for row in data.report.sources[0].rejected] == [(2, "a key is given twice")]
+
+
+def test_there_are_sixty_kinds_of_damage_of_a_row():
+    assert len(LINES) + len(MESSAGES) + len(SHAREGPT) + len(CSV_LINES) >= 60
 
 
 @pytest.mark.parametrize("kind", MESSAGES)

@@ -18,14 +18,14 @@ FRAGMENTS = st.sampled_from(
     ["<|im_end|>", "<|im_", "end|>", "<|", "\n", " ", "{", "é", "\ue000", "\u2028", "ok", "\x00"]
 )
 TEXTS = st.lists(FRAGMENTS, min_size=1, max_size=8).map("".join)
+KEYS = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "weight", "x"]
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation"])
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | TEXTS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | TEXTS | ROLES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=6,
 )
-COLUMNS = ["prompt", "completion", "instruction", "input", "output", "messages"]
+COLUMNS = ["prompt", "completion", "instruction", "input", "output", "messages", "conversations", "text", "tools"]
 
 
 @SMALL
@@ -64,6 +64,19 @@ def test_rows_of_any_kind_are_used_or_rejected(tmp_path, tokenizer, rows):
     expect_rows_or_user_error(path, tokenizer, len(rows))
 
 
+MESSAGE = st.fixed_dictionaries({"role": ROLES, "content": VALUES}, optional={"tool_calls": VALUES, "weight": VALUES})
+TURN = st.fixed_dictionaries({"from": ROLES, "value": VALUES}, optional={"weight": VALUES})
+
+
+@SMALL
+@given(talk=st.lists(MESSAGE, max_size=5), other=st.lists(TURN, max_size=5), first=st.booleans())
+def test_conversations_of_any_kind_are_used_or_rejected(tmp_path, tokenizer, talk, other, first):
+    rows = [{"messages": talk}] if first else [{"conversations": other}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    expect_rows_or_user_error(path, tokenizer, len(rows))
+
+
 @SMALL
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 @given(content=st.binary(max_size=60) | st.text("[]{},:\"\\ \n'abprompt0", max_size=60).map(str.encode))
@@ -81,7 +94,7 @@ def expect_rows_or_user_error(path: Path, tokenizer, count: int | None) -> None:
     except UserError:
         return
     (source,) = data.report.sources
-    assert source.read == len(data.train) + len(source.rejected)
+    assert source.read == len(data.train) - data.report.train.continued + len(source.rejected)
     assert count is None or source.read == count
     assert all(any(label != -100 for label in row["labels"]) for row in data.train)
     if source.rejected:
