@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -85,6 +86,12 @@ class RunDir:
     def tracking(self) -> Path:
         """Files of logging back-ends (TensorBoard events and the like)."""
         return self.path / "tracking"
+
+
+def cache_root() -> Path:
+    """Folder of what can be made again: ``$QMEMTUNE_CACHE``, else ~/.cache/qmemtune."""
+    root = os.environ.get("QMEMTUNE_CACHE")
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "qmemtune"
 
 
 def new_run_path(recipe: str, root: Path = RUNS_ROOT, now: datetime | None = None) -> Path:

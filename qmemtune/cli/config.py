@@ -56,7 +56,8 @@ def _explain(composed: Composed, key: str) -> dict[str, Any]:
     for name in field.key.split("."):
         value = value[name]
     if field.key != key:
-        value = value.get(key.removeprefix(f"{field.key}."))
+        for name in key.removeprefix(f"{field.key}.").split("."):
+            value = value.get(name) if isinstance(value, dict) else None
     default = field.default if field.key == key else None
     history = [{"value": default, "source": "default (schema)"}] if field.key == key else []
     for setting in composed.history.get(key, []):

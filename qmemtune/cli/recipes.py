@@ -35,7 +35,7 @@ def _describe(name: str, path: Path) -> dict[str, Any]:
         return row | {"error": str(error.findings[0])}
     return row | {
         "model": config.model.path,
-        "data": config.data.path,
+        "data": ", ".join(source.path for source in config.data.sources.values()) or config.data.path,
         "adapter": config.adapter.kind,
         "quantization": config.quantization.kind,
         "needs": config.needs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
 from qmemtune.config.schema import MISSING, Config
 
+DATA_PATHS = ("data.path", "data.eval_path")
 Problem = tuple[str, str, str | None]
 Check = Callable[[Config], Iterator[Problem]]
 CHECKS: list[Check] = []
@@ -228,8 +230,9 @@ def best_checkpoint_is_saved(c: Config) -> Iterator[Problem]:
 
 @check
 def patterns(c: Config) -> Iterator[Problem]:
-    for key in ("data.remove_pattern", "evaluation.exact_match.answer_pattern"):
-        pattern = _value(c, key)
+    keys = {key: _value(c, key) for key in ("data.remove_pattern", "evaluation.exact_match.answer_pattern")}
+    keys |= {f"data.sources.{name}.remove_pattern": source.remove_pattern for name, source in c.data.sources.items()}
+    for key, pattern in keys.items():
         if isinstance(pattern, str):
             try:
                 re.compile(pattern)
@@ -239,8 +242,9 @@ def patterns(c: Config) -> Iterator[Problem]:
 
 @check
 def paths(c: Config) -> Iterator[Problem]:
-    for key in ("model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path"):
-        path = _value(c, key)
+    keys = {key: _value(c, key) for key in ("model.path", "model.tokenizer", "model.chat_template", *DATA_PATHS)}
+    keys |= {f"data.sources.{name}.path": source.path for name, source in c.data.sources.items()}
+    for key, path in keys.items():
         if isinstance(path, str) and path != MISSING and looks_local(path, is_file=key == "model.chat_template"):
             yield from _exists(key, path)
         elif path == "":
@@ -256,7 +260,8 @@ def paths(c: Config) -> Iterator[Problem]:
 
 def _exists(key: str, path: str) -> Iterator[Problem]:
     try:
-        there = Path(path).expanduser().exists()
+        file = Path(path).expanduser()
+        there = file.exists() or (is_glob(path) and any(True for _ in glob.iglob(str(file), recursive=True)))
     except (OSError, ValueError):
         there = False
     if not there:
@@ -267,8 +272,22 @@ def looks_local(path: str, *, is_file: bool = False) -> bool:
     """Whether a path can only mean a file or folder here, not a hub id or a package's file."""
     if path.startswith(("package:", "generated:")):
         return False
-    ends = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gguf", ".jinja", ".arrow", ".safetensors")
-    return is_file or path.startswith((".", "/", "~")) or path.lower().endswith(ends)
+    ends = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".gguf", ".jinja")
+    return is_file or path.startswith((".", "/", "~")) or path.lower().endswith((*ends, ".safetensors"))
+
+
+def is_glob(path: str) -> bool:
+    """Whether a path is a pattern for several files."""
+    return "*" in path or "?" in path
+
+
+@check
+def data_sources(c: Config) -> Iterator[Problem]:
+    if c.data.sources and c.data.path != MISSING:
+        yield "data.path", "data.path and data.sources both name training rows", "leave one of them out (~data.path)"
+    for name, source in c.data.sources.items():
+        if not source.weight > 0:
+            yield f"data.sources.{name}.weight", f"must be above 0, not {source.weight}", "leave the source out"
 
 
 @check
@@ -327,5 +346,5 @@ def has_heldout(c: Config) -> bool:
         c.data.eval_path is not None
         or c.data.eval_split is not None
         or c.data.eval_fraction > 0
-        or c.data.path.startswith("generated:")
+        or any(path.startswith("generated:") for path in (c.data.path, *(s.path for s in c.data.sources.values())))
     )

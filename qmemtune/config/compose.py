@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from qmemtune.config.checks import cross_field_problems
+from qmemtune.config.checks import DATA_PATHS, cross_field_problems
 from qmemtune.config.defaults import Reachable
 from qmemtune.config.dump import to_dict, to_yaml
 from qmemtune.config.fields import fields_of, nearest
@@ -38,7 +38,6 @@ from qmemtune.errors import Finding, UserError
 __all__ = ["Composed", "compose", "load_resolved", "to_dict", "to_yaml"]
 
 NO_RECIPE = "custom"
-DATA_PATHS = ("data.path", "data.eval_path")
 MOVABLE = "adapter.prior_encoder"
 """The only adapter option of a finished run that may be given anew: the folder may have moved, its content is known."""
 
@@ -144,7 +143,7 @@ def _finish(
     # Checks across fields only make sense of values that are themselves in order.
     if not result.findings:
         problems = cross_field_problems(result.config)
-        findings += [_finding(*problem, result) for problem in problems if needs_data or problem[0] not in DATA_PATHS]
+        findings += [_finding(*problem, result) for problem in problems if needs_data or not is_data_path(problem[0])]
     if findings:
         raise UserError.many(list(dict.fromkeys(findings)))
     provenance = {key: source_of(result.history, key) for key in _all_keys(result)}
@@ -156,6 +155,11 @@ def _finish(
         [*unused_options(result.config, _given(result, quiet)), *_overruled(layers, given, result)],
         [finding.problem.split()[0] for finding in result.missing],
     )
+
+
+def is_data_path(key: str) -> bool:
+    """Whether a key says where rows are."""
+    return key in DATA_PATHS or (key.startswith("data.sources.") and key.endswith(".path"))
 
 
 def _given(result: Validated, quiet: str | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from qmemtune.config.adapters import ADAPTERS, AdapterConfig
 from qmemtune.config.schema import Config
@@ -33,6 +33,17 @@ class Field:
         """Whether its entries are keys of their own (``key.entry``)."""
         return get_origin(self.type) is dict
 
+    @property
+    def item(self) -> type | None:
+        """The dataclass of a dict's entries, if they are sections of their own (``key.entry.option``)."""
+        item = get_args(self.type)[1] if self.is_dict else None
+        return item if dataclasses.is_dataclass(item) else None
+
+    def item_fields(self, entry: str) -> dict[str, Field]:
+        """Fields of one entry by their whole keys; empty unless entries are sections."""
+        prefix = f"{self.key}.{entry}."
+        return {} if self.item is None else {field.key: field for field in plain_fields(self.item, prefix)}
+
 
 @cache
 def fields_of(kind: str) -> dict[str, Field]:
@@ -49,6 +60,11 @@ def sections() -> frozenset[str]:
             parts = key.split(".")
             names.update(".".join(parts[:n]) for n in range(1, len(parts)))
     return frozenset(names)
+
+
+def plain_fields(cls: type, prefix: str) -> Iterator[Field]:
+    """The fields of a dataclass that holds no other."""
+    return _fields(cls, prefix, AdapterConfig)
 
 
 def _fields(cls: type, prefix: str, adapter: type[AdapterConfig]) -> Iterator[Field]:
@@ -89,8 +105,17 @@ def field_for(key: str, kind: str) -> Field | None:
     for length in range(len(parts) - 1, 0, -1):
         parent = fields.get(".".join(parts[:length]))
         if parent is not None:
-            return parent if parent.is_dict else None
+            return _inside(parent, parts[length:]) if parent.is_dict else None
     return None
+
+
+def _inside(parent: Field, rest: list[str]) -> Field | None:
+    """The dict itself for a key inside it; None for a key that its entries do not have."""
+    if parent.item is None or len(rest) == 1:
+        return parent
+    known = parent.item_fields(rest[0])
+    keys = [".".join([parent.key, *rest[:length]]) for length in (2, 3)]
+    return parent if keys[0] in known and (len(rest) == 2 or (len(rest) == 3 and known[keys[0]].is_dict)) else None
 
 
 def other_kinds(key: str, kind: str) -> list[str]:

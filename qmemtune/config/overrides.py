@@ -116,6 +116,11 @@ def unknown_key(setting: Setting, kind: str) -> Finding:
         )
     for length in range(key.count("."), 0, -1):
         parent = ".".join(key.split(".")[:length])
+        if parent in fields_of(kind) and fields_of(kind)[parent].item is not None:
+            known = list(fields_of(kind)[parent].item_fields(key.removeprefix(f"{parent}.").split(".")[0]))
+            close = nearest(key, known)
+            fix = f"did you mean {close[0]}?" if close else f"its keys are {', '.join(known)}"
+            return Finding(f"unknown key {key}", setting.where, fix)
         if parent in fields_of(kind):
             return Finding(f"unknown key {key}: {parent} holds one value", setting.where, f"set {parent} itself")
     own = list(fields_of(kind))

@@ -90,11 +90,40 @@ class RegressionDataConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sets of training rows that are mixed. What is not set is as in data."""
+
+    path: str = MISSING
+    """Its rows: files, a glob, a folder, a hub data set id, or generated:NAME."""
+    weight: float = 1.0
+    """How often each of its rows is used in one pass: 2 uses all of them twice, 0.5 half of them."""
+    name: str | None = None
+    """Hub data sets only: the configuration's name."""
+    split: str | None = None
+    """Hub data sets only: the split that holds the rows."""
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] | None = None
+    """Row form."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Mapping from a field of the row form to the column that holds it, in place of that in data."""
+    prompt_template: str | None = None
+    """Text in which {field} is replaced by a row's columns."""
+    completion_template: str | None = None
+    """The same for the completion."""
+    remove_pattern: str | None = None
+    """Regular expression; what it matches is removed from completions and reference answers."""
+    system: str | None = None
+    """System prompt put before each conversation that has none."""
+
+
+@dataclass
 class DataConfig:
     """Rows, their form, and what of them is in the loss."""
 
     path: str = MISSING
-    """Training rows: a json, jsonl, csv or parquet file, a hub data set id, or generated:NAME."""
+    """Training rows: a json, jsonl, csv, tsv, parquet or arrow file (also .gz), a glob or folder of such files, a hub
+    data set id, or generated:NAME."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several sets of training rows in place of path, by a name of yours: sources.NAME.path, .weight, ..."""
     eval_path: str | None = None
     """Held-out rows, of the same kinds as path; if not set they are split off the training rows."""
     name: str | None = None
@@ -103,6 +132,9 @@ class DataConfig:
     """Hub data sets only: the split that holds the training rows."""
     eval_split: str | None = None
     """Hub data sets only: the split that holds the held-out rows."""
+    streaming: bool = False
+    """Read rows one after another, those of the hub without storing the data set, and no more than max_train_rows and
+    max_eval_rows need."""
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = "auto"
     """Row form; auto recognises it by the columns."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -134,6 +166,9 @@ class DataConfig:
     """Use at most so many held-out rows."""
     max_rejected: float = 0.01
     """Stop when more rows than this are unusable: a share below 1, else a count."""
+    cache: bool = True
+    """Keep tokenised rows in $QMEMTUNE_CACHE (else ~/.cache/qmemtune), for the next run with the same files, tokenizer,
+    template and options."""
     group_by: str | None = None
     """Column whose values split evaluation results into groups."""
     regression: RegressionDataConfig = field(default_factory=RegressionDataConfig)

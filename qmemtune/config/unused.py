@@ -52,6 +52,13 @@ def _data(c: Config) -> dict[str, str]:
     if looks_local(c.data.path) or c.data.path.startswith("generated:"):
         for name in ("name", "split", "eval_split"):
             reasons[f"data.{name}"] = f"{c.data.path} is no hub data set"
+    if c.data.sources:
+        for name in ("name", "eval_split"):
+            reasons[f"data.{name}"] = "data.sources names the rows"
+    for name, source in c.data.sources.items():
+        if looks_local(source.path) or source.path.startswith("generated:"):
+            for option in ("name", "split"):
+                reasons[f"data.sources.{name}.{option}"] = f"{source.path} is no hub data set"
     if c.data.eval_path is not None:
         reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_path gives the held-out rows"
         reasons["data.eval_split"] = "data.eval_path gives the held-out rows"

@@ -46,6 +46,8 @@ def validate(settings: Iterable[Setting]) -> Validated:
     values = _Values(kind, history, findings)
     config = _build(Config, "", kind, values)
     missing = [_missing(field) for field in fields_of(kind).values() if values.get(field.key) == MISSING]
+    if config.data.sources:
+        missing = [finding for finding in missing if not finding.problem.startswith("data.path ")]
     return Validated(config, history, findings, missing)
 
 
@@ -132,6 +134,8 @@ class _Values:
             return copy.deepcopy(default)
 
     def _dict(self, field: Field) -> dict[str, Any]:
+        if field.item is not None:
+            return self._sections(field, field.item)
         item = field.type.__args__[1]
         result: dict[str, Any] = dict(self._value(field, field.key, field.type, field.default))
         for key in self.history:
@@ -139,6 +143,32 @@ class _Values:
                 value = self._value(field, key, item, MISSING)
                 if not self.history[key][-1].reset:
                     result[key.removeprefix(f"{field.key}.")] = value
+        return result
+
+    def _sections(self, field: Field, item: type) -> dict[str, Any]:
+        """Entries that are dataclasses, in the order in which they were first named."""
+        self._value(field, field.key, field.type, field.default)
+        names: dict[str, None] = {}
+        for key, settings in self.history.items():
+            if key.startswith(f"{field.key}."):
+                name = key.removeprefix(f"{field.key}.").split(".")[0]
+                whole = self.history.get(f"{field.key}.{name}", [None])[-1]
+                if whole is not None and not whole.reset:
+                    self.findings.append(
+                        Finding(f"{whole.key} is a section", whole.where, f"set its keys, such as {whole.key}.path")
+                    )
+                elif whole is None and not settings[-1].reset:
+                    names[name] = None
+        result = {}
+        for name in names:
+            own = field.item_fields(name)
+            values = {
+                key: self._dict(f) if f.is_dict else self._value(f, key, f.type, f.default) for key, f in own.items()
+            }
+            for key, value in values.items():
+                if value == MISSING:
+                    self.findings.append(Finding(f"{key} must be given", None, f"give {key}=..."))
+            result[name] = item(**{key.rsplit(".", 1)[-1]: value for key, value in values.items()})
         return result
 
     def _resolve(self, value: Any, raw: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmemtune.data.files import open_bytes
 from qmemtune.data.records import RawRow, Rejected, excerpt, kind_of
 from qmemtune.errors import UserError
 
@@ -23,7 +24,7 @@ WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 def check_encoding(path: Path) -> None:
     """Raise UserError for a file in UTF-16 or UTF-32, of which no line could be read."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         head = file.read(4)
     if head.startswith(WIDE_BOMS):
         raise UserError(
@@ -57,7 +58,7 @@ def read_jsonl(path: Path) -> Iterator[RawRow | Rejected]:
     """Rows of a file with one JSON object a line; blank lines are passed over."""
     check_encoding(path)
     name = str(path)
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, raw in enumerate(file, start=1):
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -85,7 +86,8 @@ def read_json(path: Path) -> Iterator[RawRow | Rejected]:
         UserError: the document is not JSON: after a fault inside an array no later row could be trusted.
     """
     check_encoding(path)
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    with open_bytes(path) as file:
+        text = file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     start = skip_space(text, 0)
     if start == len(text):
         return

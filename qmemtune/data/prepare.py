@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qmemtune.config.schema import MISSING, DataConfig
+from qmemtune.data.cache import PreparedData as PreparedData
+from qmemtune.data.cache import cache_entry
 from qmemtune.data.encode import Encoder
 from qmemtune.data.examples import Example, ExampleMaker
 from qmemtune.data.formats import CONVERSATIONS
+from qmemtune.data.mixture import mixed, repeated, source_configs
 from qmemtune.data.records import RawRow, Rejected
 from qmemtune.data.render import Renderer
 from qmemtune.data.report import DataReport, PartReport, SourceReport
@@ -20,16 +27,12 @@ from qmemtune.data.split import split_rows, without_heldout
 from qmemtune.data.tokenize import tokenize
 from qmemtune.errors import UserError
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done and how much there is."""
 
-@dataclass
-class PreparedData:
-    """Rows ready for training and evaluation."""
 
-    train: TokenRows
-    heldout: TokenRows
-    report: DataReport
-    format: str
-    """Row form of the training rows (of the held-out ones if only those were read)."""
+def silent(what: str, done: int, total: int) -> None:
+    """Says nothing."""
 
 
 @dataclass
@@ -39,32 +42,64 @@ class Source:
     examples: list[Example]
     report: SourceReport
     form: str
+    config: DataConfig
+    """The data options, with those of this source in their place."""
+    heldout: list[Example] = field(default_factory=list)
+    """Held-out rows that it brings itself."""
 
 
-def prepare_data(config: DataConfig, tokenizer: Any, *, rejected_path: Path | None = None) -> PreparedData:
-    """Read, check, split and tokenise the rows.
+def grouped(examples: list[Example], name: str, config: DataConfig) -> list[Example]:
+    """The examples of a set of that name; evaluations tell sets apart where nothing else groups them."""
+    if name and config.group_by is None:
+        for example in examples:
+            example.group = name
+    return examples
+
+
+def prepare_data(
+    config: DataConfig, tokenizer: Any, *, rejected_path: Path | None = None, progress: Progress = silent
+) -> PreparedData:
+    """Read, check, split and tokenise the rows, or take them from the cache.
 
     Args:
         config: the data options.
         tokenizer: a transformers tokenizer.
         rejected_path: where rows that cannot be used are written, one JSON object a line (also when this raises).
+        progress: called with what is being done, rows done and rows in all.
 
     Raises:
         UserError: a source cannot be read, too many of its rows cannot be used, or none is left.
     """
-    return Preparation(config, tokenizer, rejected_path).run(with_train=True)
+    entry = cache_entry(config, tokenizer)
+    found = None if entry is None else entry.load()
+    if found is not None:
+        found.report.write_rejected(rejected_path)
+        return found
+    prepared = Preparation(config, tokenizer, rejected_path, progress).run(with_train=True)
+    # A file that changed meanwhile has another name by now.
+    if entry is not None and cache_entry(config, tokenizer) == entry:
+        entry.store(prepared)
+    return prepared
 
 
-def prepare_heldout(config: DataConfig, tokenizer: Any, *, rejected_path: Path | None = None) -> PreparedData:
+def prepare_heldout(
+    config: DataConfig, tokenizer: Any, *, rejected_path: Path | None = None, progress: Progress = silent
+) -> PreparedData:
     """The same held-out rows as :func:`prepare_data`, without tokenising the training rows (``train`` is empty)."""
-    return Preparation(config, tokenizer, rejected_path).run(with_train=False)
+    entry = cache_entry(config, tokenizer)
+    found = None if entry is None else entry.load()
+    if found is not None:
+        found.report.write_rejected(rejected_path)
+        found.report.train = PartReport()
+        return PreparedData(TokenRows(), found.heldout, found.report, found.format)
+    return Preparation(config, tokenizer, rejected_path, progress).run(with_train=False)
 
 
 class Preparation:
     """One pass from options to rows; collects the report on the way."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any, rejected_path: Path | None) -> None:
-        if not config.path or config.path == MISSING:
+    def __init__(self, config: DataConfig, tokenizer: Any, rejected_path: Path | None, progress: Progress) -> None:
+        if not config.sources and (not config.path or config.path == MISSING):
             raise UserError("no data are given", where="data.path", fix="data.path=FILE, a hub id or generated:NAME")
         if not 0 <= config.eval_fraction < 1:
             raise UserError("must be at least 0 and below 1", where="data.eval_fraction")
@@ -72,7 +107,10 @@ class Preparation:
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
         self.rejected_path = rejected_path
+        self.progress = progress
         self.report = DataReport(max_length=config.max_length)
+        self.trained: list[Example] = []
+        self.held: list[Example] = []
 
     def run(self, *, with_train: bool) -> PreparedData:
         try:
@@ -82,74 +120,154 @@ class Preparation:
 
     def _run(self, with_train: bool) -> PreparedData:
         config = self.config
+        configs = source_configs(config)
         apart = self._heldout_source()
-        train = self._source(config.path, config.split) if with_train or apart is None else None
-        if apart is None:
-            assert train is not None
-            trained, held, warning = split_rows(train.examples, config.eval_fraction, config.split_seed)
-            self._warn(warning)
-            held_source: Source = train
-        else:
-            held, held_source = apart.examples, apart
-            trained, self.report.removed_as_heldout = without_heldout(train.examples if train else [], held)
-            if self.report.removed_as_heldout:
-                self._warn(
-                    f"{self.report.removed_as_heldout} training rows have the prompt of a held-out row "
-                    "and are left out of training"
-                )
-                if not trained and train is not None:
-                    raise UserError(
-                        "every training row has the prompt of a held-out row",
-                        where=f"{config.path}, {config.eval_path}",
-                    )
-        held_rows = self._tokenized(held[: config.max_eval_rows], held_source, self.report.heldout)
+        sources: dict[str, Source] = {}
+        if with_train or apart is None:
+            sources = {name: self._source(own, own.split, name=name) for name, own in configs.items()}
+        trained, held = self._split(sources, apart)
+        for name, source in sources.items():
+            source.report.weight = config.sources[name].weight if name else 1.0
+            self.held.extend(held[name])
+        if apart is not None:
+            self.held.extend(apart.examples)
+        held_rows = self._heldout_rows(sources, apart, held)
         if apart is not None and not held_rows:
             apart.report.fail("no held-out row can be used")
-        train_rows = TokenRows()
-        if with_train and train is not None:
-            train_rows = self._tokenized(trained[: config.max_train_rows], train, self.report.train)
-            if not train_rows:
-                train.report.fail("no training row can be used")
-        for source in self.report.sources:
-            source.check(config.max_rejected)
+        train_rows = self._train_rows(sources, trained) if with_train else TokenRows()
+        for report in self.report.sources:
+            report.check(config.max_rejected)
         if config.eval_fraction > 0 and not held_rows:
             self._warn("no held-out row is left, so nothing can be evaluated")
-        self._advise(train or held_source)
-        return PreparedData(train_rows, held_rows, self.report, (train or held_source).form)
+        self.report.train.count(train_rows)
+        self.report.heldout.count(held_rows)
+        first = next(iter(sources.values()), apart)
+        assert first is not None
+        self._advise(first)
+        return PreparedData(train_rows, held_rows, self.report, first.form)
+
+    def _split(
+        self, sources: dict[str, Source], apart: Source | None
+    ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
+        """Training and held-out rows of each set, no prompt of any held-out row among the training rows."""
+        config = self.config
+        trained = {name: source.examples for name, source in sources.items()}
+        held: dict[str, list[Example]] = {name: source.heldout for name, source in sources.items()}
+        if apart is None:
+            for name, source in sources.items():
+                if not source.heldout:
+                    trained[name], held[name], warning = split_rows(
+                        source.examples, config.eval_fraction, config.split_seed
+                    )
+                    self._warn(warning)
+        for name in trained:
+            # Within one set the split has seen to it, as far as that is possible.
+            others = [example for other in held for example in held[other] if other != name or sources[name].heldout]
+            others += [] if apart is None else apart.examples
+            trained[name], removed = without_heldout(trained[name], others)
+            self.report.removed_as_heldout += removed
+        if self.report.removed_as_heldout:
+            self._warn(
+                f"{self.report.removed_as_heldout} training rows have the prompt of a held-out row "
+                "and are left out of training"
+            )
+            if not any(trained.values()):
+                raise UserError(
+                    "every training row has the prompt of a held-out row",
+                    where=f"{config.path}, {config.eval_path}",
+                )
+        return trained, held
+
+    def _train_rows(self, sources: dict[str, Source], trained: dict[str, list[Example]]) -> TokenRows:
+        config = self.config
+        parts: dict[str, TokenRows] = {}
+        for name, source in sources.items():
+            chosen, weight = trained[name], source.report.weight
+            if weight < 1:
+                chosen = [chosen[i] for i in repeated(len(chosen), weight, [config.split_seed, *name.encode()])]
+            chosen = chosen[: config.max_train_rows]
+            self.trained.extend(chosen)
+            parts[name] = self._tokenized(chosen, source, self.report.train, "training rows")
+            if not parts[name]:
+                source.report.fail("no training row can be used")
+        if not config.sources:
+            return parts[""]
+        weights = {name: max(source.report.weight, 1.0) for name, source in sources.items()}
+        rows = mixed(parts, weights, config.split_seed)[: config.max_train_rows]
+        bounds = np.cumsum([0, *(len(part.table) for part in parts.values())])
+        lengths, owner = np.asarray(rows.lengths), np.searchsorted(bounds, rows.order, side="right") - 1
+        for number, source in enumerate(sources.values()):
+            source.report.mixed_rows = int((owner == number).sum())
+            source.report.mixed_tokens = int(lengths[owner == number].sum())
+        return rows
+
+    def _heldout_rows(
+        self, sources: dict[str, Source], apart: Source | None, held: dict[str, list[Example]]
+    ) -> TokenRows:
+        limit, part = self.config.max_eval_rows, self.report.heldout
+        if apart is not None:
+            return self._tokenized(apart.examples[:limit], apart, part, "held-out rows")
+        rows = {
+            name: self._tokenized(held[name][:limit], source, part, "held-out rows") for name, source in sources.items()
+        }
+        return mixed(rows, dict.fromkeys(rows, 1.0), 0)[:limit] if len(rows) > 1 else next(iter(rows.values()))
 
     def _heldout_source(self) -> Source | None:
         """The source of held-out rows, if it is not the training rows."""
         config = self.config
         if config.eval_path is not None:
-            return self._source(config.eval_path, config.eval_split or config.split, heldout=True)
-        if config.path.startswith(GENERATED):
-            return self._source(config.path, config.split, heldout=True)
-        if config.eval_split is not None:
+            own = replace(config, path=config.eval_path, sources={})
+            return self._source(own, config.eval_split or config.split, heldout=True)
+        if config.eval_split is not None and not config.sources:
             if Path(config.path).expanduser().is_file():
                 raise UserError(
                     "a file has no splits, so data.eval_split has no effect",
                     where="data.eval_split",
                     fix="give the held-out rows with data.eval_path, or leave data.eval_split out",
                 )
-            return self._source(config.path, config.eval_split, heldout=True)
+            return self._source(config, config.eval_split, heldout=True)
         return None
 
-    def _source(self, path: str, split: str, *, heldout: bool = False) -> Source:
+    def _source(self, config: DataConfig, split: str, *, name: str = "", heldout: bool = False) -> Source:
         """Read a source and make examples of its rows.
+
+        Args:
+            config: the data options, with those of the source in their place.
+            name: the source's in data.sources.
+            heldout: whether it gives held-out rows only.
 
         Raises:
             UserError: nothing, or too little of it, can be used.
         """
-        found: Iterable[RawRow | Rejected]
-        if path.startswith(GENERATED):
-            found = generated_rows(path)[1 if heldout else 0]
-            label = f"{path} ({'held-out' if heldout else 'training'} rows)"
-        else:
-            found = read_rows(path, name=self.config.name, split=split)
-            label = path if split == self.config.split else f"{path} ({split})"
-        if self.config.name is not None and (path.startswith(GENERATED) or Path(path).expanduser().exists()):
+        path = config.path
+        label = path if split == self.config.split or name else f"{path} ({split})"
+        if config.name is not None and (path.startswith(GENERATED) or Path(path).expanduser().exists()):
             self._warn(f"data.name has no effect for {path}: only hub data sets have configurations")
-        report = SourceReport(label)
+        if not path.startswith(GENERATED):
+            found = read_rows(path, name=config.name, split=split, streaming=config.streaming)
+            return self._made(config, islice(found, self._rows_needed(heldout)), label, name)
+        train, held = generated_rows(path)
+        if heldout or self.config.eval_path is not None:
+            return self._made(config, held if heldout else train, label, name)
+        heldout_source = self._made(config, held, f"{path} (held-out rows)", "")
+        source = self._made(config, train, f"{path} (training rows)", name)
+        source.heldout = grouped(heldout_source.examples, name, config)
+        return source
+
+    def _rows_needed(self, heldout: bool) -> int | None:
+        """How many rows of a source to read; None for all."""
+        config = self.config
+        if not config.streaming:
+            return None
+        if heldout:
+            return config.max_eval_rows
+        if config.max_train_rows is None:
+            return None
+        split_off = config.eval_fraction if config.eval_path is None and config.eval_split is None else 0.0
+        return math.ceil(config.max_train_rows / (1 - split_off)) + 1
+
+    def _made(self, config: DataConfig, found: Iterable[RawRow | Rejected], label: str, name: str) -> Source:
+        report = SourceReport(label, name=name)
         self.report.sources.append(report)
         raw: list[RawRow] = []
         for row in found:
@@ -162,23 +280,26 @@ class Preparation:
             report.fail("there are no rows")
         if not raw:
             report.fail("no row can be read")
-        maker = ExampleMaker(self.config, raw)
+        maker = ExampleMaker(config, raw)
         report.form = maker.form.name
         examples, rejected = maker.make(raw)
         report.rejected.extend(rejected)
-        report.check(self.config.max_rejected)
+        report.check(config.max_rejected)
         if not examples:
             report.fail("no row can be used")
-        return Source(examples, report, maker.form.name)
+        return Source(grouped(examples, name, config), report, maker.form.name, config)
 
-    def _tokenized(self, examples: list[Example], source: Source, part: PartReport) -> TokenRows:
-        renderer = Renderer(self.config, source.form, self.tokenizer, self.encoder)
-        rows, rejected = tokenize(examples, renderer, self.config, part, self.report)
+    def _tokenized(self, examples: list[Example], source: Source, part: PartReport, what: str) -> TokenRows:
+        renderer = Renderer(source.config, source.form, self.tokenizer, self.encoder)
+        shown = f"tokenise {what}" if not source.report.name else f"tokenise {what} of {source.report.name}"
+        rows, rejected = tokenize(
+            examples, renderer, source.config, part, self.report, lambda done: self.progress(shown, done, len(examples))
+        )
         source.report.rejected.extend(rejected)
         if renderer.chat is not None:
             self.report.incomplete_conversations += renderer.chat.incomplete
-        if renderer.chat is not None and not renderer.chat.ends_turns:
-            self._warn("the chat template ends answers without a special token: generation may not stop by itself")
+            if not renderer.chat.ends_turns:
+                self._warn("the chat template ends answers without a special token: generation may not stop by itself")
         return rows
 
     def _advise(self, source: Source) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qmemtune.data.records import Rejected
+from qmemtune.data.rows import TokenRows
 from qmemtune.errors import Finding, UserError
 
 EXAMPLES_SHOWN = 3
@@ -25,6 +26,14 @@ class SourceReport:
     read: int = 0
     """Rows found, usable or not."""
     rejected: list[Rejected] = field(default_factory=list)
+    name: str = ""
+    """Its name in data.sources."""
+    weight: float = 1.0
+    """How often its rows are used in one pass."""
+    mixed_rows: int = 0
+    """Rows of it in one pass over the mixture of data.sources."""
+    mixed_tokens: int = 0
+    """Their tokens."""
 
     def by_reason(self) -> dict[str, int]:
         return dict(Counter(row.reason for row in self.rejected).most_common())
@@ -59,7 +68,10 @@ class SourceReport:
         raise UserError.many(findings)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"path": self.path, "format": self.form, "read": self.read, "rejected": self.by_reason()}
+        facts = {"path": self.path, "format": self.form, "read": self.read, "rejected": self.by_reason()}
+        if self.name:
+            facts |= {"name": self.name, "weight": self.weight, "rows": self.mixed_rows, "tokens": self.mixed_tokens}
+        return facts
 
 
 @dataclass
@@ -77,6 +89,13 @@ class PartReport:
     """Tokens that were cut off."""
     continued: int = 0
     """Rows that go on with a plain text where max_length was reached."""
+
+    def count(self, rows: TokenRows) -> None:
+        """Count what the rows hold."""
+        self.rows = len(rows)
+        self.tokens = sum(rows.lengths)
+        self.loss_tokens = sum(rows.loss_lengths)
+        self.longest = max(rows.lengths, default=0)
 
     def as_dict(self) -> dict[str, int]:
         return dict(vars(self))
@@ -111,6 +130,8 @@ class DataReport:
     incomplete_conversations: int = 0
     """Conversations with a text that the chat template leaves out or changes."""
     warnings: list[str] = field(default_factory=list)
+    cached_in: str = ""
+    """File of the cache that held the tokenised rows."""
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -121,6 +142,13 @@ class DataReport:
                 f"{source.path}: {source.read:,} rows read ({source.form or 'unknown'})"
                 + (f", {len(source.rejected):,} rejected: {reasons}" if reasons else "")
             )
+            if source.name:
+                lines[-1] = (
+                    f"{source.name}: {source.mixed_rows:,} rows a pass (weight {source.weight:g}, "
+                    f"{source.mixed_tokens / max(self.train.tokens, 1):.1%} of the tokens) of {lines[-1]}"
+                )
+        if self.cached_in:
+            lines.append(f"tokenised rows come from the cache ({self.cached_in})")
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,7 +162,22 @@ class DataReport:
             "split_conversations": self.split_conversations,
             "incomplete_conversations": self.incomplete_conversations,
             "warnings": list(self.warnings),
+            "cached": bool(self.cached_in),
         }
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain values, see :meth:`from_state`."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> DataReport:
+        """The report of a :meth:`state`."""
+        sources = [
+            SourceReport(**{**source, "rejected": [Rejected(**row) for row in source["rejected"]]})
+            for source in state["sources"]
+        ]
+        parts = {name: PartReport(**state[name]) for name in ("train", "heldout")}
+        return cls(**{**state, **parts, "sources": sources})
 
     def write_rejected(self, path: Path | None) -> None:
         """Write every rejected row to a JSON lines file, if there are any and a path is given."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qmemtune.data.files import FAULTS, kind_of_file
 from qmemtune.data.jsonfiles import read_json, read_jsonl
 from qmemtune.data.records import RawRow, Rejected
-from qmemtune.data.tables import first_line, read_csv, read_parquet
+from qmemtune.data.tables import first_line, read_arrow, read_csv, read_parquet
 from qmemtune.errors import UserError
 
 Reader = Callable[[Path], Iterator[RawRow | Rejected]]
@@ -22,45 +25,72 @@ READERS: dict[str, Reader] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
 }
 GENERATED = "generated:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SPLIT_WORDS = ("train", "test", "valid", "validation", "dev", "eval")
 
 
-def read_rows(path: str, *, name: str | None = None, split: str = "train") -> Iterator[RawRow | Rejected]:
+def read_rows(
+    path: str, *, name: str | None = None, split: str = "train", streaming: bool = False
+) -> Iterator[RawRow | Rejected]:
     """Every row of ``path``, as found, with those that cannot be read.
 
     Args:
-        path: a data file, a folder of data files or of ``datasets.save_to_disk``, or a hub data set id.
+        path: a data file, a glob, a folder of data files or of ``datasets.save_to_disk``, or a hub data set id.
         name: configuration of a hub data set.
         split: split of a hub data set or folder.
+        streaming: read a hub data set over the network as rows are asked for, without storing it.
 
     Raises:
         UserError: there is no such source, or it is not readable as a whole.
     """
     local = Path(path).expanduser()
     try:
+        files = local_files(path, split)
+        if files is not None:
+            return (row for file in files for row in as_user_errors(reader_for(file)(file), str(file)))
         if local.is_dir():
-            return read_folder(local, split)
-        if local.is_file():
-            return as_user_errors(reader_for(local)(local), path)
+            return read_saved(local, split)
     except OSError as error:  # a name too long for the file system, a folder that may not be listed
         raise UserError(f"cannot be read: {error.strerror or error}", where=f"data path {path}") from error
-    if looks_local(path) or not HUB_ID.fullmatch(path):
-        raise UserError("no such file or folder", where=f"data path {path}", fix=nearest_file(local))
-    return read_hub(path, name, split)
+    return read_hub(path, name, split, streaming)
+
+
+def local_files(path: str, split: str) -> list[Path] | None:
+    """The files that a local path stands for; None for a saved data set and for what is not here.
+
+    Raises:
+        UserError: a glob fits no file, a folder holds none for the split, or a file is of no known kind.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        saved = (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
+        return None if saved else folder_files(local, split)
+    if local.is_file():
+        reader_for(local)
+        return [local]
+    if "*" in path or "?" in path:
+        found = sorted(Path(name) for name in glob.glob(str(local), recursive=True) if Path(name).is_file())
+        if not found:
+            raise UserError("no file fits the pattern", where=f"data path {path}", fix=f"it is seen from {Path.cwd()}")
+        for file in found:
+            reader_for(file)
+        return found
+    return None
 
 
 def as_user_errors(rows: Iterator[RawRow | Rejected], path: str) -> Iterator[RawRow | Rejected]:
     try:
         yield from rows
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", where=path) from error
+    except FAULTS as error:
+        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from error
 
 
 def reader_for(path: Path) -> Reader:
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(kind_of_file(path))
     if reader is None:
         raise UserError(
             f"the ending {path.suffix or '(none)'} names no known kind of file",
@@ -71,7 +101,7 @@ def reader_for(path: Path) -> Reader:
 
 
 def looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in READERS or "\\" in path
+    return path.startswith((".", "/", "~")) or kind_of_file(Path(path)) in READERS or "\\" in path
 
 
 def nearest_file(path: Path) -> str:
@@ -83,11 +113,9 @@ def nearest_file(path: Path) -> str:
     return f"did you mean {folder / near[0]}?" if near else f"check the path (relative to {Path.cwd()})"
 
 
-def read_folder(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
-    """Rows of a folder: what ``datasets`` saved, or the data files whose names say the split."""
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return read_saved(folder, split)
-    files = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file())
+def folder_files(folder: Path, split: str) -> list[Path]:
+    """Data files of a folder: those whose names say the split, else all."""
+    files = sorted(entry for entry in folder.iterdir() if kind_of_file(entry) in READERS and entry.is_file())
     if not files:
         raise UserError(
             "the folder holds no data file", where=str(folder), fix=f"put files ending in {', '.join(READERS)} there"
@@ -100,7 +128,7 @@ def read_folder(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
             where=str(folder),
             fix="name the file itself in data.path, or set data.split (data.eval_split)",
         )
-    return (row for file in (named or files) for row in as_user_errors(reader_for(file)(file), str(file)))
+    return named or files
 
 
 def read_saved(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
@@ -119,11 +147,35 @@ def read_saved(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
     return table_rows(saved, str(folder))
 
 
-def read_hub(path: str, name: str | None, split: str) -> Iterator[RawRow | Rejected]:
+@cache
+def load_hub(path: str, name: str | None, split: str, streaming: bool) -> Any:
+    """A hub data set, downloaded once."""
     import datasets
 
+    return datasets.load_dataset(path, name, split=split, streaming=streaming)
+
+
+def hub_fingerprint(path: str, name: str | None, split: str) -> str:
+    """What ``datasets`` calls this state of a hub data set.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    return str(getattr(hub_dataset(path, name, split, False), "_fingerprint", path))
+
+
+def hub_dataset(path: str, name: str | None, split: str, streaming: bool) -> Any:
+    """A hub data set.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    import datasets
+
+    if looks_local(path) or not HUB_ID.fullmatch(path):
+        raise UserError("no such file or folder", where=f"data path {path}", fix=nearest_file(Path(path).expanduser()))
     try:
-        loaded = datasets.load_dataset(path, name, split=split)
+        return load_hub(path, name, split, streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"the hub data set cannot be loaded: {first_line(error)}",
@@ -131,7 +183,28 @@ def read_hub(path: str, name: str | None, split: str) -> Iterator[RawRow | Rejec
             fix="check the id, data.name and data.split and the network (HF_HUB_OFFLINE must not be set), "
             "or give a local file",
         ) from error
-    return table_rows(loaded, path)
+
+
+def read_hub(path: str, name: str | None, split: str, streaming: bool) -> Iterator[RawRow | Rejected]:
+    loaded = hub_dataset(path, name, split, streaming)
+    return streamed_rows(loaded, path) if streaming else table_rows(loaded, path)
+
+
+def streamed_rows(dataset: Any, name: str) -> Iterator[RawRow | Rejected]:
+    """Rows of a ``datasets.IterableDataset``."""
+    from datasets.exceptions import DatasetsError
+
+    number = 0
+    try:
+        for row in dataset:
+            number += 1
+            yield RawRow(dict(row), name, number)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"streaming stopped: {first_line(error)}",
+            where=f"data path {name}, after row {number}",
+            fix="try again, or download it with data.streaming=false",
+        ) from error
 
 
 def table_rows(dataset: Any, name: str) -> Iterator[RawRow | Rejected]:

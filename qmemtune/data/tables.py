@@ -1,12 +1,14 @@
-"""Readers of .csv, .tsv and .parquet files."""
+"""Readers of .csv, .tsv, .parquet and .arrow files."""
 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmemtune.data.files import FAULTS, open_bytes
 from qmemtune.data.jsonfiles import check_encoding
 from qmemtune.data.records import RawRow, Rejected, excerpt
 from qmemtune.errors import UserError
@@ -28,7 +30,7 @@ def read_csv(path: Path) -> Iterator[RawRow | Rejected]:
     name = str(path)
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with io.TextIOWrapper(open_bytes(path), newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             delimiter = guess_delimiter(file.readline())
             file.seek(0)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -82,19 +84,51 @@ def read_parquet(path: Path) -> Iterator[RawRow | Rejected]:
     import pyarrow as pa
     from pyarrow import parquet
 
+    def batches() -> Iterator[Any]:
+        with open_bytes(path) as stream, parquet.ParquetFile(pa.PythonFile(stream)) as file:
+            yield from file.iter_batches(batch_size=PARQUET_ROWS)
+
+    return rows_of(batches(), path, "parquet")
+
+
+def read_arrow(path: Path) -> Iterator[RawRow | Rejected]:
+    """Rows of an arrow (feather) file or stream; the line is the row's number.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    import pyarrow as pa
+
+    def batches() -> Iterator[Any]:
+        with open_bytes(path) as stream:
+            is_file = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            source = pa.PythonFile(stream)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            if is_file:
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                yield from reader
+
+    return rows_of(batches(), path, "arrow")
+
+
+def rows_of(batches: Iterator[Any], path: Path, kind: str) -> Iterator[RawRow | Rejected]:
+    """Rows of arrow batches, numbered from 1."""
+    import pyarrow as pa
+
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch_rows(batch):
-                    number += 1
-                    if row is None:
-                        yield Rejected(str(path), number, "not valid Unicode text", "bytes that are not UTF-8")
-                    else:
-                        yield RawRow(row, str(path), number)
-    except (pa.lib.ArrowException, OSError) as error:
+        for batch in batches:
+            for row in batch_rows(batch):
+                number += 1
+                if row is None:
+                    yield Rejected(str(path), number, "not valid Unicode text", "bytes that are not UTF-8")
+                else:
+                    yield RawRow(row, str(path), number)
+    except (pa.lib.ArrowException, *FAULTS) as error:
         raise UserError(
-            f"not a readable parquet file: {first_line(error)}",
+            f"not a readable {kind} file: {first_line(error)}",
             where=str(path) if number == 0 else f"{path}:{number + 1}",
             fix="write or download the file again",
         ) from error

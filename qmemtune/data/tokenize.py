@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qmemtune.config.schema import DataConfig
 from qmemtune.data.encode import Segment
@@ -10,21 +10,29 @@ from qmemtune.data.examples import Example
 from qmemtune.data.records import Rejected, RowError
 from qmemtune.data.render import Renderer
 from qmemtune.data.report import DataReport, PartReport
-from qmemtune.data.rows import TokenRows
+from qmemtune.data.rows import RowBuilder, TokenRows
 
 CHUNK = 1024
 """Rows handed to the tokenizer at once."""
 
 
 def tokenize(
-    examples: Sequence[Example], renderer: Renderer, config: DataConfig, part: PartReport, report: DataReport
+    examples: Sequence[Example],
+    renderer: Renderer,
+    config: DataConfig,
+    part: PartReport,
+    report: DataReport,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[TokenRows, list[Rejected]]:
     """Tokenise examples, cut them at ``config.max_length`` and count into ``part``.
+
+    Args:
+        progress: called with the number of examples done so far.
 
     Returns:
         the rows, and the examples that gave none, with the reason.
     """
-    rows, rejected = TokenRows(), []
+    builder, rejected = RowBuilder(), []
     for start in range(0, len(examples), CHUNK):
         rendered: list[tuple[Example, list[Segment]]] = []
         for example in examples[start : start + CHUNK]:
@@ -39,20 +47,17 @@ def tokenize(
         for (example, segments), ids in zip(rendered, encoded, strict=True):
             try:
                 if renderer.form == "text":
-                    add_text(rows, example, ids[0], renderer, config, part)
+                    add_text(builder, example, ids[0], renderer, config, part)
                 else:
-                    add_row(rows, example, segments, ids, renderer, config, part)
+                    add_row(builder, example, segments, ids, renderer, config, part)
             except RowError as error:
                 rejected.append(example.raw.rejected(error))
-    part.rows = len(rows)
-    part.tokens = sum(rows.lengths)
-    part.loss_tokens = sum(rows.loss_lengths)
-    part.longest = max(rows.lengths, default=0)
-    return rows, rejected
+        progress(min(start + CHUNK, len(examples)))
+    return builder.rows(), rejected
 
 
 def add_row(
-    rows: TokenRows,
+    rows: RowBuilder,
     example: Example,
     segments: Sequence[Segment],
     ids: Sequence[Sequence[int]],
@@ -101,7 +106,7 @@ def add_row(
 
 
 def add_text(
-    rows: TokenRows, example: Example, ids: Sequence[int], renderer: Renderer, config: DataConfig, part: PartReport
+    rows: RowBuilder, example: Example, ids: Sequence[int], renderer: Renderer, config: DataConfig, part: PartReport
 ) -> None:
     """Add a plain text: all of it in the loss, in as many rows as it takes.
 

@@ -62,9 +62,8 @@ def front_matter(config: Config, source: Source) -> str:
 
 def making(config: Config, source: Source) -> str:
     """Base, data and method."""
-    data = config.data.path
-    if PurePath(data).suffix:
-        data = PurePath(data).name
+    paths = [s.path for s in config.data.sources.values()] or [config.data.path]
+    data = ", ".join(PurePath(path).name if PurePath(path).suffix else path for path in paths)
     precision = "unquantised" if config.quantization.kind == "none" else f"quantised to {config.quantization.kind}"
     base = source.origin if source.revision is None else f"{source.origin} (revision {source.revision})"
     return f"- Base: {base}, {precision} during training\n- Data: {data}\n- Method: {METHODS[config.adapter.kind]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import time
 from importlib.metadata import version
@@ -15,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from qmemtune.errors import UserError
+from qmemtune.rundir import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,9 @@ FULL_PRECISION_LIMIT = 1 << 30
 """Bytes of a GGUF file up to which its weights are stored in float32 (see :func:`_storage_dtype`)."""
 
 
-def cache_root() -> Path:
-    """Folder of converted models: ``$QMEMTUNE_CACHE``/models, else ~/.cache/qmemtune/models."""
-    root = os.environ.get("QMEMTUNE_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "qmemtune") / "models"
+def models_root() -> Path:
+    """Folder of converted models."""
+    return cache_root() / "models"
 
 
 def converted(file: Path) -> Path:
@@ -44,7 +43,7 @@ def converted(file: Path) -> Path:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     digest.update(f"|{version('transformers')}|{version('gguf')}|{LAYOUT}".encode())
-    folder = cache_root() / f"{file.stem}-{digest.hexdigest()[:16]}"
+    folder = models_root() / f"{file.stem}-{digest.hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     try:
@@ -55,7 +54,7 @@ def converted(file: Path) -> Path:
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(
             f"cannot write the cache of converted models: {error.strerror}",
-            where=str(cache_root()),
+            where=str(models_root()),
             fix="set QMEMTUNE_CACHE to a folder that can be written",
         ) from error
     return folder

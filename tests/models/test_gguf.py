@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
-from qmemtune.models.gguf import cache_root, converted
+from qmemtune.models.gguf import converted, models_root
 from qmemtune.models.loading import load_base, load_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -101,7 +101,7 @@ def test_converted_once_with_tokenizer_and_template(
         torch.testing.assert_close(model(ids).logits, expected, rtol=0.05, atol=0.01)
     assert getattr(model.config, "quantization_config", None) is None
     folder = converted(tiny_gguf)
-    assert sorted(p.name for p in cache_root().iterdir()) == [folder.name, f"{folder.name}.lock"]
+    assert sorted(p.name for p in models_root().iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
 def test_interrupted_conversion_leaves_nothing_half(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_interrupted_conversion_leaves_nothing_half(tiny_gguf: Path, monkeypatch
         patch.setattr(AutoTokenizer, "from_pretrained", interrupted)
         with pytest.raises(KeyboardInterrupt):
             converted(tiny_gguf)
-    assert not [p for p in cache_root().iterdir() if p.is_dir()]
+    assert not [p for p in models_root().iterdir() if p.is_dir()]
     # A process that was killed leaves its partial folder; the next one starts afresh.
     folder = converted(tiny_gguf)
     folder.rename(folder.with_name(folder.name + ".partial"))

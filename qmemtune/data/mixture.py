@@ -1,0 +1,51 @@
+"""Several sets of training rows, mixed by weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from qmemtune.config.schema import DataConfig
+from qmemtune.data.rows import TokenRows, joined_rows
+
+
+def source_configs(config: DataConfig) -> dict[str, DataConfig]:
+    """The data options of each set, by name; one set named "" where ``data.path`` gives the rows."""
+    if not config.sources:
+        return {"": config}
+    configs = {}
+    for name, source in config.sources.items():
+        given = {key: value for key, value in vars(source).items() if key != "weight" and value not in (None, {})}
+        configs[name] = replace(config, sources={}, **({"name": None} | given))
+    return configs
+
+
+def mixed(parts: Mapping[str, TokenRows], weights: Mapping[str, float], seed: int) -> TokenRows:
+    """One pass over a mixture: each set's rows as often as its weight says.
+
+    The sets are dealt out evenly, so that the beginning of the mixture is mixed like the whole. Which rows stand for a
+    weight's fraction depends on ``seed`` and the set's name only.
+    """
+    orders: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    start = 0
+    for name, rows in parts.items():
+        order = start + repeated(len(rows), weights[name], [seed, *name.encode()])
+        orders.append(order)
+        places.append((np.arange(len(order)) + 0.5) / max(len(order), 1))
+        start += len(rows)
+    whole = joined_rows(list(parts.values()))
+    return whole.select(np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")])
+
+
+def repeated(count: int, weight: float, seed: Sequence[int]) -> np.ndarray:
+    """Row numbers of one pass with that weight: all rows its whole part often, and a random choice for the rest."""
+    times = math.floor(weight)
+    rest = round((weight - times) * count)
+    if count and not times:
+        rest = max(rest, 1)
+    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:rest])
+    return np.concatenate([*[np.arange(count)] * times, chosen])
