@@ -57,10 +57,14 @@ class PlainProgress:
     def __init__(self) -> None:
         self.total = 0
         self.first = 0
+        self.counter = PatientCounter()
         self.begun = time.monotonic()
 
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+    def rows(self, what: str, done: int, total: int) -> None:
+        self.counter(what, done, total)
 
     def start(self, total_steps: int, facts: Mapping[str, Any]) -> None:
         self.total, self.first, self.begun = total_steps, int(facts.get("first_step") or 0), time.monotonic()
@@ -90,9 +94,13 @@ class LiveProgress:
         self.console = console or Console(stderr=True, highlight=False)
         self.bar: _BarAndNumbers | None = None
         self.task = TaskID(0)
+        self.counter = PatientCounter()
 
     def message(self, text: str) -> None:
         self.console.print(Text(text))
+
+    def rows(self, what: str, done: int, total: int) -> None:
+        self.counter(what, done, total)
 
     def start(self, total_steps: int, facts: Mapping[str, Any]) -> None:
         self.message(facts_line(total_steps, facts))
@@ -179,3 +187,34 @@ class RowCounter:
         elif not self.quiet and done >= total:
             print(f"{what}: {total} rows in {duration(time.monotonic() - self.begun)}", file=sys.stderr, flush=True)
             self.begun = time.monotonic()
+
+
+class PatientCounter:
+    """A :class:`RowCounter` for work that is usually short: it shows nothing until some seconds have passed."""
+
+    patience_s = 2.0
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.what = ""
+        self.begun = time.monotonic()
+        self.counter: RowCounter | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` rows of ``what``."""
+        if what != self.what:
+            self.what, self.begun = what, time.monotonic()
+        if self.counter is None and done < total and time.monotonic() - self.begun >= self.patience_s:
+            self.counter = RowCounter(quiet=self.quiet)
+            self.counter.begun = self.begun
+            self.counter.__enter__()
+        if self.counter is not None:
+            self.counter(what, done, total)
+            if done >= total:
+                self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.counter is not None:
+            self.counter.__exit__()
+            self.counter = None

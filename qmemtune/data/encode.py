@@ -7,11 +7,16 @@ A special token's name inside a row's text ("<|im_end|>") is encoded in two halv
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+PARALLEL = "TOKENIZERS_PARALLELISM"
+PARALLEL_FROM = 256
+"""Texts from which on several cores tokenise them."""
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xE100)]
 
 
@@ -25,6 +30,20 @@ class Segment:
     """Whether its tokens are in the loss."""
     eos: bool = False
     """Whether the end-of-sequence token closes it."""
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let the tokenizer's own threads run; elsewhere they stay off, since processes that fork do not go with them."""
+    saved = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        if saved is None:
+            del os.environ[PARALLEL]
+        else:
+            os.environ[PARALLEL] = saved
 
 
 class Encoder:
@@ -49,15 +68,16 @@ class Encoder:
     def _raw(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=add_special_tokens,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        with all_cores() if len(texts) >= PARALLEL_FROM else nullcontext():
+            encoded = self.tokenizer(
+                list(texts),
+                add_special_tokens=add_special_tokens,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 

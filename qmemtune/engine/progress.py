@@ -12,6 +12,9 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """One line for the reader."""
 
+    def rows(self, what: str, done: int, total: int) -> None:
+        """Rows are being prepared: what is done with them, how many are done, how many there are."""
+
     def start(self, total_steps: int, facts: Mapping[str, Any]) -> None:
         """Training begins.
 
@@ -43,6 +46,9 @@ class SilentProgress:
     """Says nothing."""
 
     def message(self, text: str) -> None:
+        pass
+
+    def rows(self, what: str, done: int, total: int) -> None:
         pass
 
     def start(self, total_steps: int, facts: Mapping[str, Any]) -> None:

@@ -69,7 +69,14 @@ def train(composed: Composed, *, progress: Progress | None = None, loads: Loads 
         progress.message(note)
     if first:
         open_folder(opened, composed, args)
-    task = build(config, args, dtype=dtype, rejected=run.rejected if first else None, loads=loads or Loads())
+    task = build(
+        config,
+        args,
+        dtype=dtype,
+        rejected=run.rejected if first else None,
+        loads=loads or Loads(),
+        progress=progress.rows,
+    )
     if first:
         run.config.write_text(to_yaml(task.resolved(config)), encoding="utf-8")
     for line in task.report.lines():

@@ -11,7 +11,7 @@ from transformers import TrainingArguments, set_seed
 from qmemtune.adapters import apply_adapter
 from qmemtune.config.checks import is_regression
 from qmemtune.config.schema import Config
-from qmemtune.data.prepare import prepare_data
+from qmemtune.data.prepare import Progress, prepare_data, silent
 from qmemtune.data.regression import prepare_regression
 from qmemtune.engine.language import LanguageTask
 from qmemtune.engine.regression import RegressionTask, regression_base
@@ -20,7 +20,15 @@ from qmemtune.engine.task import Task
 from qmemtune.models.loading import load_base, load_tokenizer
 
 
-def build(config: Config, args: TrainingArguments, *, dtype: torch.dtype, rejected: Path | None, loads: Loads) -> Task:
+def build(
+    config: Config,
+    args: TrainingArguments,
+    *,
+    dtype: torch.dtype,
+    rejected: Path | None,
+    loads: Loads,
+    progress: Progress = silent,
+) -> Task:
     """Load everything a run needs.
 
     Args:
@@ -30,13 +38,16 @@ def build(config: Config, args: TrainingArguments, *, dtype: torch.dtype, reject
         dtype: of the arithmetic.
         rejected: where to write unusable rows; None in the processes that write nothing.
         loads: what earlier runs loaded.
+        progress: is told how far the rows are.
     """
     if is_regression(config):
         return build_regression(config, args, dtype=dtype, loads=loads)
     with args.main_process_first(desc="data"):
         tokenizer = loads.same("tokenizer", config.model, lambda: load_tokenizer(config.model))
         data = loads.same(
-            "data", (config.model, config.data), lambda: prepare_data(config.data, tokenizer, rejected_path=rejected)
+            "data",
+            (config.model, config.data),
+            lambda: prepare_data(config.data, tokenizer, rejected_path=rejected, progress=progress),
         )
     # The adapter's first weights and every dropout follow from here.
     set_seed(config.seed, deterministic=config.trainer.deterministic)

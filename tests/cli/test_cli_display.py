@@ -87,3 +87,17 @@ def test_numbers_as_people_read_them():
         "x",
     ]
     assert [duration(seconds) for seconds in (0.4, 65, 3723)] == ["0:00", "1:05", "1:02:03"]
+
+
+def test_short_work_shows_nothing_and_long_work_is_counted(capsys, monkeypatch):
+    from qmemtune.cli.display import PatientCounter
+
+    counter = PatientCounter()
+    for done in (1000, 2000):
+        counter("tokenise training rows", done, 2000)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(PatientCounter, "patience_s", 0.0)
+    for done in (1000, 2000):
+        counter("tokenise held-out rows", done, 2000)
+    assert capsys.readouterr().err.startswith("tokenise held-out rows: 2000 rows in")
+    assert counter.counter is None

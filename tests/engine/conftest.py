@@ -39,6 +39,9 @@ class Recorder:
     def log(self, metrics: Mapping[str, Any]) -> None:
         self.logs.append(dict(metrics))
 
+    def rows(self, what: str, done: int, total: int) -> None:
+        pass
+
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         self.evaluations.append(dict(metrics))
 
