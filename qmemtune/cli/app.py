@@ -11,6 +11,7 @@ import typer
 
 import qmemtune
 from qmemtune.cli.config import config
+from qmemtune.cli.data import data
 from qmemtune.cli.evaluate import evaluate
 from qmemtune.cli.generate import generate
 from qmemtune.cli.inspect import inspect
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train)
+app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("merge-export")(merge_export)
 app.command("generate")(generate)
