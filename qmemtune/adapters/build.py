@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qmemtune.adapters.methods import check_layers, method_config
+from qmemtune.adapters.methods import check_layers, method_config, refused
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 from qmemtune.adapters.queryable.config import BASE_ENCODER
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
@@ -43,8 +43,12 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Peft
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, peft_config(config, model))
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             raise UserError(str(error), where="adapter") from error
+        except (RuntimeError, TypeError) as error:
+            if not isinstance(config, MethodConfig):
+                raise
+            raise refused(config, error) from error
     assert isinstance(adapted, PeftModel)
     if isinstance(config, MethodConfig):
         check_layers(adapted, config)

@@ -206,6 +206,8 @@ def check_layers(model: PeftModel, config: MethodConfig) -> None:
     base = model.get_base_model()
     if not (getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)):
         return
+    # As in training: 16-bit bases compute under autocast, over adapters in float32.
+    dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
     tried = set()
     for name, layer in model.named_modules():
         inputs = getattr(getattr(layer, "base_layer", None), "in_features", None)
@@ -217,12 +219,20 @@ def check_layers(model: PeftModel, config: MethodConfig) -> None:
         tried.add(shape)
         try:
             device = next(layer.parameters()).device
-            layer(torch.ones(1, inputs, device=device)).sum().backward()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                out = layer(torch.ones(1, inputs, device=device, dtype=dtype))
+            out.sum().backward()
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise UserError(
-                f"{config.method} cannot adapt a quantised base ({name}: {str(error).splitlines()[0]})",
-                where=METHOD_KEY,
-                fix="use quantization=none, or another method",
-            ) from error
+            raise refused(config, error, name) from error
         finally:
             layer.zero_grad(set_to_none=True)
+
+
+def refused(config: MethodConfig, error: Exception, layer: str | None = None) -> UserError:
+    """The error for a method that failed on this base."""
+    place = f"{layer}: " if layer else ""
+    return UserError(
+        f"{config.method} cannot adapt this base ({place}{str(error).splitlines()[0]})",
+        where=METHOD_KEY,
+        fix="use quantization=none if the base is quantised, or another method",
+    )

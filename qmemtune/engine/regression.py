@@ -15,6 +15,7 @@ from qmemtune.data.regression import RegressionData, collate
 from qmemtune.engine.task import Batch, Task
 from qmemtune.evaluation.forward import evaluation_forward
 from qmemtune.evaluation.guard import undisturbed
+from qmemtune.evaluation.summary import finite
 from qmemtune.models.hardware import autocast
 from qmemtune.models.mlp import Mlp, trained_mlp
 
@@ -62,13 +63,13 @@ class RegressionTask(Task):
         return squared_errors(predicted, batch["y"]).sum(), predicted.new_zeros(())
 
     def evaluate(self, *, exact_match: bool, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-        """``loss``, the mean squared error, and ``rows``."""
+        """``loss``, the mean squared error (None where it is no number), and ``rows``."""
         rows = self.data.heldout[slice(self.max_rows)]
         x, y = rows["x"].to(self.device), rows["y"].to(self.device)
         with undisturbed(self.model), evaluation_forward([], None, lambda: autocast(self.device, self.dtype)):
             errors = squared_errors(self.model(x), y)
         progress("loss", len(x), len(x))
-        return {"loss": errors.double().mean().item(), "rows": len(x)}
+        return {"loss": finite(errors.double().mean().item()), "rows": len(x)}
 
 
 def squared_errors(predicted: Tensor, target: Tensor) -> Tensor:

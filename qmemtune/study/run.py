@@ -102,7 +102,8 @@ class Told:
     def __call__(self, result: dict[str, Any]) -> None:
         self.done += 1
         metrics = result["metrics"]
-        numbers = [f"{name} {metrics[name]:.4f}" for name in ("loss", "row_accuracy", "exact_match") if name in metrics]
+        shown = {name: metrics.get(name) for name in ("loss", "row_accuracy", "exact_match")}
+        numbers = [f"{name} {value:.4f}" for name, value in shown.items() if value is not None]
         left = (time.perf_counter() - self.begun) / self.done * (self.total - self.done)
         self.say(
             f"[{self.done}/{self.total}] {result['cell']}: {', '.join(numbers) or 'diverged'} "

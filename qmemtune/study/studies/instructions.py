@@ -11,9 +11,10 @@ QUERYABLE = (
     "adapter.block_size=5",
     "adapter.memory_learning_rate_multiplier=5",
 )
+LORA = ("adapter=lora",)
 VARIANTS = (
-    Variant("lora", ("adapter=lora",), "LoRA"),
-    Variant("lora_larger", ("adapter=lora",), "LoRA of one rank more"),
+    Variant("lora", LORA, "LoRA"),
+    Variant("lora_larger", LORA, "LoRA of one rank more"),
     Variant("queryable", QUERYABLE, "queryable memory"),
     Variant("dora", ("adapter=peft", "adapter.method=dora"), "DoRA"),
     Variant(

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from qmemtune.study.design import Match, Setting, Study, Variant
 
-QUERYABLE = ("adapter=queryable",)
+LORA = ("adapter=lora",)
+QUERYABLE = (
+    "adapter=queryable",
+    "adapter.num_atoms=16",
+    "adapter.key_dim=16",
+    "adapter.block_size=1",
+    "adapter.memory_learning_rate_multiplier=5",
+)
 VARIANTS = (
     Variant(
         "lora",
-        ("adapter=lora",),
+        LORA,
         "LoRA of the smallest rank that has at least the memory's parameters",
         Match("adapter.r", "at_least", "queryable", largest=64),
     ),

@@ -1,0 +1,56 @@
+"""What each part of the queryable memory contributes, on the regression or on the instructions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qmemtune.config.study import StudyConfig
+from qmemtune.study.design import Match, Study, Variant
+from qmemtune.study.studies import instructions, regression
+
+BASES = {"regression": regression, "instructions": instructions}
+CHANGES = (
+    ("no_depth_summary", "without the depth summary", ("adapter.depth_summary=false",)),
+    ("top_2", "the two strongest atoms of each route only", ("adapter.top_k=2",)),
+    ("fewer_atoms", "a quarter of the atoms", ("adapter.num_atoms={quarter}",)),
+    ("more_atoms", "four times the atoms", ("adapter.num_atoms={fourfold}",)),
+    ("one_block", "one route for all layers", ("adapter.block_size=1000",)),
+    ("larger_blocks", "blocks of twice the layers", ("adapter.block_size={double_block}",)),
+    ("no_decay", "cores without decay", ("adapter.core_weight_decay=0",)),
+    ("decay", "cores with decay 1.0", ("adapter.core_weight_decay=1",)),
+    ("same_learning_rate", "memory at the factors' learning rate", ("adapter.memory_learning_rate_multiplier=1",)),
+    ("block_atoms", "atoms of each block in place of shared ones, as many in all", ("adapter.shared_atoms=false",)),
+    ("generated_core", "a generated core: a small network in place of the routes", ("adapter.generated_core=true",)),
+)
+LANGUAGE = (
+    ("prior", "with the instruction prior", ("adapter.instruction_prior=1",)),
+    ("row_routes", "one route a row, formed from its prompt", ("adapter.granularity=row",)),
+)
+"""Only where rows are text."""
+
+
+def study(options: StudyConfig) -> Study:
+    """The ablations on the task that ``study.on`` names."""
+    base = BASES[options.on]
+    memory = next(variant for variant in base.STUDY.variants if variant.name == "queryable")
+    given = dict(text.split("=", 1) for text in memory.overrides)
+    atoms, block = int(given["adapter.num_atoms"]), int(given["adapter.block_size"])
+    numbers = {"quarter": max(atoms // 4, 1), "fourfold": 4 * atoms, "double_block": 2 * block}
+    changes = CHANGES + (LANGUAGE if options.on == "instructions" else ())
+    variants = [memory]
+    for name, about, changed in changes:
+        overrides = (*memory.overrides, *(text.format(**numbers) for text in changed))
+        variants.append(Variant(name, overrides, about, like=memory.name))
+    largest = Match("adapter.r", "at_least", memory.name, largest=64)
+    variants.append(Variant("lora", base.LORA, "LoRA of the smallest rank that has at least as many", largest))
+    return dataclasses.replace(
+        base.STUDY,
+        name="ablations",
+        title=f"Ablations ({options.on})",
+        about=f"The queryable memory of the study `{options.on}`, one thing changed at a time.",
+        variants=tuple(variants),
+        default_variants=(),
+        default_settings=("ample",) if options.on == "regression" else ("r4",),
+        seeds=(3, 4, 5, 6, 7) if options.on == "regression" else (3, 4, 5),
+        learning_rates=(),
+    )

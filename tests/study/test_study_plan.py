@@ -1,0 +1,104 @@
+"""Plans: cells, matched parameters, what the command line may ask for."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmemtune.config.study import StudyConfig
+from qmemtune.errors import UserError
+from qmemtune.study.cells import make_plan
+from qmemtune.study.options import read_request
+from qmemtune.study.run import plan_study, trainable_parameters
+from qmemtune.study.studies import find_study, names
+
+
+def regression(*arguments):
+    plan, _ = plan_study("regression", read_request(["study.seeds=[0]", "study.learning_rates=[]", *arguments]))
+    return plan
+
+
+def test_every_file_of_studies_is_a_study():
+    assert names() == ["ablations", "gsm8k", "instructions", "regression"]
+    for name in names():
+        study = find_study(name, StudyConfig())
+        assert study.name == name
+        assert len({variant.name for variant in study.variants}) == len(study.variants)
+        assert {match.against for v in study.variants if (match := v.match)} <= {v.name for v in study.variants}
+
+
+def test_an_unknown_study_is_named_with_the_nearest():
+    with pytest.raises(UserError, match=r"did you mean regression\?"):
+        find_study("regresion", StudyConfig())
+
+
+@pytest.mark.parametrize("setting", ["ample", "little"])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_lora_is_given_the_smallest_rank_with_at_least_the_memorys_parameters(setting, rank):
+    plan = regression(f"study.settings=[{setting}]", f"queryable:adapter.r={rank}")
+    lora, memory = (next(c for c in plan.cells if c.variant == name) for name in ("lora", "queryable"))
+    assert lora.parameters >= memory.parameters
+    lower = regression(f"study.settings=[{setting}]", "study.variants=[rank]", "rank:adapter=lora",
+                       f"rank:adapter.r={lora.config.adapter.r - 1}")  # fmt: skip
+    assert lower.cells[0].parameters < memory.parameters
+
+
+def test_overrides_reach_all_runs_or_one_variants():
+    plan = regression("trainer.max_steps=7", "queryable:adapter.num_atoms=3", "study.settings=[ample]")
+    configs = {cell.variant: cell.config for cell in plan.cells}
+    assert {config.trainer.max_steps for config in configs.values()} == {7}
+    assert configs["queryable"].adapter.num_atoms == 3
+
+
+def test_a_new_variant_is_like_a_known_one_with_changes():
+    plan = regression(
+        "study.variants=[queryable, many]", "many:queryable", "many:adapter.num_atoms=40", "study.settings=[little]"
+    )
+    many, memory = (next(c.config.adapter for c in plan.cells if c.variant == name) for name in ("many", "queryable"))
+    assert (many.num_atoms, many.core_weight_decay) == (40, memory.core_weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study.variants=[lorra]"], r"did you mean lora\?"),
+        (["study.settings=[amples]"], r"did you mean ample\?"),
+        (["study.seed=[1]"], r"did you mean study\.seeds\?"),
+        (["study.jobs=0"], "at least 1"),
+        (["seed=3"], r"study\.seeds"),
+        (["run_dir=x"], r"study_dir"),
+        (["quaryable:adapter.r=3"], r"did you mean queryable\?"),
+        (["more:querable", "study.variants=[more]"], r"did you mean queryable\?"),
+        (["trainer.max_step=3"], r"did you mean trainer\.max_steps\?"),
+    ],
+)
+def test_mistakes_are_named_with_the_way_out(arguments, message):
+    with pytest.raises(UserError, match=message):
+        regression(*arguments)
+
+
+def test_seeds_may_be_a_range():
+    assert read_request(["study.seeds=3-6"]).options.seeds == [3, 4, 5, 6]
+
+
+def test_a_grid_adds_cells_and_shares_those_of_the_same_rate():
+    request = read_request(
+        ["study.seeds=0-1", "study.settings=[ample]", "study.learning_rates=[0.001, 0.1]", "study.grid_seeds=[0]",
+         "optimizer.learning_rate=0.1", "study.variants=[queryable]"]
+    )  # fmt: skip
+    plan = make_plan(find_study("regression", request.options), request, trainable_parameters)
+    assert [(cell.seed, cell.learning_rate) for cell in plan.cells] == [(0, 0.1), (0, 0.001), (1, 0.1)]
+
+
+def test_a_digest_knows_what_changes_numbers():
+    first, again, other = (regression("study.variants=[queryable]", *more).cells[0] for more in (
+        [], ["tracking.project=x"], ["trainer.max_steps=9"]))  # fmt: skip
+    assert first.digest == again.digest != other.digest
+
+
+def test_ablations_change_one_thing_at_equal_parameters_where_they_say_so():
+    plan, _ = plan_study("ablations", read_request(["study.seeds=[0]"]))
+    parameters = {cell.variant: cell.parameters for cell in plan.cells}
+    memory = parameters["queryable"]
+    assert {parameters[name] for name in ("top_2", "block_atoms", "generated_core", "decay")} == {memory}
+    assert parameters["fewer_atoms"] < memory < parameters["more_atoms"]
+    assert parameters["lora"] >= memory

@@ -1,0 +1,140 @@
+"""A whole small study: results, resuming, tables, README, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from qmemtune.cli.app import main
+from qmemtune.engine.shared import Loads
+from qmemtune.engine.trainer import RunTrainer
+from qmemtune.rundir import read_json
+from qmemtune.study import cell as cells_run
+from qmemtune.study.readme import BEGIN, END, section, update
+from qmemtune.study.tables import markdown
+
+SMALL = [
+    "data.regression.rows=64", "data.regression.heldout_rows=64", "model.mlp.width=8", "model.mlp.depth=2",
+    "model.mlp.pretrain_steps=20", "trainer.max_steps=3", "trainer.per_device_train_batch_size=16",
+    "study.seeds=[0, 1]", "study.settings=[ample]", "study.learning_rates=[0.001, 0.01]", "study.grid_seeds=[0]",
+    "queryable:adapter.num_atoms=4", "queryable:adapter.r=2",
+]  # fmt: skip
+
+
+def run(tmp_path, *more):
+    return main(["study", "regression", *SMALL, f"study_dir={tmp_path / 'study'}", *more])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, session_cache):
+    """A finished study's folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    os.environ["QMEMTUNE_CACHE"] = str(session_cache)
+    assert run(folder, "--quiet") == 0
+    return folder / "study"
+
+
+def test_a_study_writes_results_tables_and_plots(done):
+    study = read_json(done / "study.json")
+    assert {entry["variant"] for entry in study["comparisons"]} == {"lora", "queryable"}
+    for entry in study["comparisons"]:
+        assert entry["metrics"]["loss"]["n"] == 2
+        assert entry["parameters"] > 0
+    memory = next(e for e in study["comparisons"] if e["variant"] == "queryable")["metrics"]["loss"]["all"]
+    assert memory["low"] < memory["value"] < memory["high"]
+    assert {entry["variant"] for entry in study["stability"]} == {"lora", "queryable"}
+    assert (done / "study.md").read_text() == markdown(study)
+    assert {file.name for file in (done / "plots").iterdir()} == {"loss.png", "learning_rates_ample.png"}
+    for cell in study["cells"]:
+        assert cell["base_loss"] > 0
+    assert not list(done.rglob("optimizer.pt"))
+
+
+def test_variants_of_a_seed_meet_the_same_base_and_rows(done):
+    found = read_json(done / "study.json")["cells"]
+    for seed in (0, 1):
+        assert len({cell["base_loss"] for cell in found if cell["seed"] == seed}) == 1
+    assert len({cell["base_loss"] for cell in found}) == 2
+
+
+def test_finished_cells_are_not_run_again_and_changed_ones_are(done, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(cells_run, "train", lambda composed, **_: ran.append(composed.config) or stop())
+
+    def stop():
+        raise RuntimeError("reached")
+
+    assert run(done.parent, "--quiet") == 0
+    assert ran == []
+    assert run(done.parent, "--quiet", "lora:trainer.max_steps=4") == 1
+    assert [config.adapter.kind for config in ran] == ["lora"]
+
+
+def test_dry_run_lists_cells_and_writes_nothing(tmp_path, capsys):
+    assert run(tmp_path, "--dry-run", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["cells"]
+    assert len(listed) == 8
+    assert all(cell["parameters"] > 0 and not cell["done"] for cell in listed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_cell_goes_on_and_ends_like_a_whole_one(done, tmp_path, monkeypatch):
+    steps = RunTrainer.end_step
+
+    def end_step(self):
+        steps(self)
+        if self.state.global_step == 2:
+            self._stopping = True
+
+    only = ["study.variants=[queryable]", "study.seeds=[0]", "study.learning_rates=[]"]
+    with monkeypatch.context() as patched:
+        patched.setattr(RunTrainer, "end_step", end_step)
+        assert run(tmp_path, "--quiet", *only) > 128
+    assert run(tmp_path, "--quiet", *only) == 0
+    again = read_json(next((tmp_path / "study").rglob("result.json")))
+    whole = read_json(done / "cells" / again["cell"] / "result.json")
+    assert again["metrics"] == whole["metrics"]
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_find_the_same(done, tmp_path):
+    assert run(tmp_path, "--quiet", "study.jobs=2") == 0
+    numbers = [
+        {name: cell["metrics"] for cell in read_json(folder / "study.json")["cells"] for name in [cell["digest"]]}
+        for folder in (done, tmp_path / "study")
+    ]
+    assert numbers[0].keys() == numbers[1].keys()
+    for digest, metrics in numbers[0].items():
+        assert metrics["loss"] == pytest.approx(numbers[1][digest]["loss"], rel=1e-4)
+
+
+def test_a_diverged_run_counts_as_its_base(tmp_path):
+    assert run(tmp_path, "--quiet", "lora:optimizer.learning_rate=1e9", "study.learning_rates=[]", "study.seeds=[0]",
+               "trainer.max_grad_norm=0") == 0  # fmt: skip
+    lora = next(e for e in read_json(tmp_path / "study" / "study.json")["comparisons"] if e["variant"] == "lora")
+    base = read_json(next((tmp_path / "study").rglob("result.json")))["base_loss"]
+    assert lora["diverged"] == 1
+    assert lora["metrics"]["loss"]["mean"] == pytest.approx(base, rel=1e-4)
+
+
+def test_the_readme_section_is_made_of_the_stored_results(done, tmp_path):
+    stored, readme = tmp_path / "stored", tmp_path / "README.md"
+    stored.mkdir()
+    (stored / "regression.json").write_bytes((done / "study.json").read_bytes())
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert update(readme, stored)
+    assert not update(readme, stored)
+    assert readme.read_text() == f"before\n{section(stored)}\nafter\n"
+    assert "Noisy regression" in readme.read_text()
+
+
+def test_what_a_run_does_to_its_base_reaches_no_other():
+    loads = Loads(keep=True)
+    first = loads.own_copy("base", 1, lambda: torch.nn.Linear(2, 2))
+    weight = first.weight.detach().clone()
+    first.weight.data.zero_()
+    assert torch.equal(loads.own_copy("base", 1, lambda: torch.nn.Linear(2, 2)).weight, weight)
+    assert not torch.equal(loads.own_copy("base", 2, lambda: torch.nn.Linear(2, 2)).weight, weight)
