@@ -13,7 +13,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev demo test test-slow lint format wheel clean
+.PHONY: help venv install install-dev demo test test-slow studies-readme lint format wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test: $(DEV_READY) ## run the tests
 
 test-slow: $(DEV_READY) ## run the tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --slow
+
+studies-readme: $(DEV_READY) ## renew README's section of studies from benchmarks/studies
+	$(BIN)/python -m qmemtune.study.readme
 
 lint: $(DEV_READY) ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ class MlpConfig:
 
     width: int = 64
     """Units of each hidden layer."""
-    depth: int = 4
+    depth: int = 3
     """Hidden layers."""
     pretrain_steps: int = 3000
     """Optimizer steps on the first function, without noise."""
@@ -77,13 +77,13 @@ class RegressionDataConfig:
     """Width of an input; inputs are standard normal."""
     outputs: int = 1
     """Width of a target; the first function's outputs have unit variance."""
-    regions: int = 8
+    regions: int = 4
     """Regions of the input space, each with a correction of its own."""
-    correction_rank: int = 2
+    correction_rank: int = 1
     """Directions of the input that a region's correction depends on."""
     correction_std: float = 1.0
     """Standard deviation of the correction: the second function less the first."""
-    sharpness: float = 4.0
+    sharpness: float = 8.0
     """How sharply regions are divided: a factor on the logits of their soft borders."""
     seed: int | None = None
     """Seed of functions, rows and noise; the run's seed if not set."""

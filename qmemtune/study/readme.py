@@ -73,3 +73,7 @@ def update(readme: Path, folder: Path) -> bool:
     changed = before + section(folder) + after
     readme.write_text(changed, encoding="utf-8")
     return changed != text
+
+
+if __name__ == "__main__":
+    update(Path("README.md"), STORED)

@@ -7,10 +7,10 @@ from qmemtune.study.design import Match, Setting, Study, Variant
 LORA = ("adapter=lora",)
 QUERYABLE = (
     "adapter=queryable",
-    "adapter.num_atoms=16",
+    "adapter.num_atoms=8",
     "adapter.key_dim=16",
     "adapter.block_size=1",
-    "adapter.memory_learning_rate_multiplier=5",
+    "adapter.memory_learning_rate_multiplier=2",
 )
 VARIANTS = (
     Variant(
@@ -31,7 +31,7 @@ STUDY = Study(
         "without noise; every seed is a problem of its own, with its own functions, base, rows and noise."
     ),
     recipe="regression_noisy",
-    overrides=("evaluation.at_start=true", "trainer.logging_steps=500"),
+    overrides=("adapter.r=4", "evaluation.at_start=true", "trainer.logging_steps=500"),
     variants=VARIANTS,
     settings=(
         Setting(
@@ -41,12 +41,12 @@ STUDY = Study(
         ),
         Setting(
             "little",
-            ("data.regression.rows=2048", "data.regression.noise_std=0.5"),
-            "2,048 rows, noise of standard deviation 0.5.",
+            ("data.regression.rows=2048", "data.regression.noise_std=0.5", "trainer.max_steps=400"),
+            "2,048 rows, noise of standard deviation 0.5; the memory's cores decay by 1.0.",
             {"queryable": ("adapter.core_weight_decay=1.0",)},
         ),
     ),
     seeds=tuple(range(13)),
-    learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    grid_seeds=(0, 1, 2, 3, 4),
+    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    grid_seeds=(0, 1, 2),
 )
