@@ -29,6 +29,8 @@ from qmemtune.study.studies import find_study
 
 Say = Callable[[str], None]
 POLL_SECONDS = 1.0
+STOPPED = "the study was stopped"
+GO_ON = "give the same command again: finished cells are kept, the others go on"
 VERSIONS = ("qmemtune", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -72,7 +74,10 @@ def run_study(plan: Plan, folder: StudyDir, *, jobs: int, tuning_seeds: Sequence
     if jobs == 1:
         loads = Loads(keep=len(todo) > 1)
         for cell in todo:
-            told(run_cell(cell, folder, loads))
+            try:
+                told(run_cell(cell, folder, loads))
+            except Interrupted as stopped:
+                raise Interrupted(STOPPED, where=cell.name, fix=GO_ON, signum=stopped.exit_code - 128) from None
     elif todo:
         run_side_by_side(todo, folder, jobs, told)
     results = [found for cell in plan.cells if (found := folder.finished(cell)) is not None]
@@ -129,8 +134,7 @@ def run_side_by_side(cells: Sequence[Cell], folder: StudyDir, jobs: int, told: T
                 for future in done:
                     told(future.result())
                 if stop:
-                    again = "start the same study again: finished cells are kept, the others go on"
-                    raise Interrupted("the study was stopped", fix=again, signum=stop.signum or signal.SIGTERM)
+                    raise Interrupted(STOPPED, fix=GO_ON, signum=stop.signum or signal.SIGTERM)
     except BrokenProcessPool as error:
         raise RunFailed(
             "a process of the study was killed", where=f"study.jobs={jobs}", fix="is there memory for so many?"

@@ -19,7 +19,7 @@ from qmemtune.study.tables import markdown
 SMALL = [
     "data.regression.rows=64", "data.regression.heldout_rows=64", "model.mlp.width=8", "model.mlp.depth=2",
     "model.mlp.pretrain_steps=20", "trainer.max_steps=3", "trainer.per_device_train_batch_size=16",
-    "study.seeds=[0, 1]", "study.settings=[ample]", "study.learning_rates=[0.001, 0.01]", "study.grid_seeds=[0]",
+    "study.seeds=[0, 1]", "study.settings=[ample]", "study.learning_rates=[0.001, 0.02]", "study.grid_seeds=[0]",
     "queryable:adapter.num_atoms=4", "queryable:adapter.r=2",
 ]  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_dry_run_lists_cells_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_cell_goes_on_and_ends_like_a_whole_one(done, tmp_path, monkeypatch):
+def test_an_interrupted_cell_goes_on_and_ends_like_a_whole_one(done, tmp_path, monkeypatch, capsys):
     steps = RunTrainer.end_step
 
     def end_step(self):
@@ -93,6 +93,7 @@ def test_an_interrupted_cell_goes_on_and_ends_like_a_whole_one(done, tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(RunTrainer, "end_step", end_step)
         assert run(tmp_path, "--quiet", *only) > 128
+    assert "give the same command again" in capsys.readouterr().err
     assert run(tmp_path, "--quiet", *only) == 0
     again = read_json(next((tmp_path / "study").rglob("result.json")))
     whole = read_json(done / "cells" / again["cell"] / "result.json")

@@ -7,7 +7,7 @@ from qmemtune.study.design import Match, Setting, Study, Variant
 LORA = ("adapter=lora",)
 QUERYABLE = (
     "adapter=queryable",
-    "adapter.num_atoms=8",
+    "adapter.num_atoms=9",
     "adapter.key_dim=16",
     "adapter.block_size=1",
     "adapter.memory_learning_rate_multiplier=2",
