@@ -24,10 +24,16 @@ VARIANTS = (
     ),
     Variant(
         "vblora",
-        ("adapter=peft", "adapter.method=vblora", "adapter.options={num_vectors: 256, vector_length: 64}"),
-        "VB-LoRA",
+        ("adapter=peft", "adapter.method=vblora", "adapter.options={vector_length: 64}"),
+        "VB-LoRA with as many vectors as LoRA's parameters allow",
+        Match("adapter.options.num_vectors", "at_most", "lora"),
     ),
-    Variant("lily", ("adapter=peft", "adapter.method=lily"), "Lily", Match("adapter.r", "at_most", "lora")),
+    Variant(
+        "lily",
+        ("adapter=peft", "adapter.method=lily"),
+        "Lily of the largest rank within LoRA's parameters",
+        Match("adapter.r", "at_most", "lora"),
+    ),
 )
 RANKS = {2: (), 4: (), 16: ("adapter.num_atoms=24",)}
 """Rank -> what keeps the memory within one percent of LoRA's parameters there."""
@@ -67,5 +73,7 @@ STUDY = Study(
     default_variants=("lora", "lora_larger", "queryable"),
     settings=settings(),
     seeds=(0, 1, 2, 3, 4, 5, 6, 7),
+    grid_settings=("r4",),
+    grid_variants=("lora", "queryable"),
     metrics=(LOSS, ROW_ACCURACY, EXACT_MATCH),
 )
