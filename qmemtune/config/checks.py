@@ -184,6 +184,17 @@ def reentrant(c: Config) -> Iterator[Problem]:
 
 
 @check
+def packing(c: Config) -> Iterator[Problem]:
+    if not c.trainer.packing or not isinstance(c.adapter, QueryableConfig):
+        return
+    if uses_prior(c.adapter):
+        fix = "set trainer.packing=false, or adapter.instruction_prior=0"
+        yield "trainer.packing", "a packed sequence has several instructions, and the prior takes one", fix
+    if c.adapter.granularity == "row":
+        yield "trainer.packing", "a route of a whole row would mix packed rows", "set adapter.granularity=token"
+
+
+@check
 def warmup(c: Config) -> Iterator[Problem]:
     steps = c.trainer.max_steps
     if steps is not None and c.optimizer.warmup_steps >= max(steps, 1) and c.optimizer.warmup_steps >= 1:

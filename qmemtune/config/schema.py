@@ -214,6 +214,9 @@ class TrainerConfig:
     """Use the reentrant variant; not possible with the queryable memory."""
     length_grouping: bool = True
     """Put rows of like length into one batch, so that little is padded."""
+    packing: bool = False
+    """Pack rows into sequences of data.max_length tokens, kept apart in attention, positions, routes and loss; a batch
+    then holds per_device_train_batch_size such sequences."""
     logging_steps: int = 10
     """Log every so many optimizer steps."""
     route_stats_steps: int | None = 20

@@ -90,6 +90,8 @@ def _adapter(c: Config) -> dict[str, str]:
 
 def _training(c: Config) -> dict[str, str]:
     reasons = {}
+    if c.trainer.packing:
+        reasons["trainer.length_grouping"] = "trainer.packing is on"
     if not c.trainer.gradient_checkpointing:
         reasons["trainer.gradient_checkpointing_use_reentrant"] = "trainer.gradient_checkpointing is off"
     if not isinstance(c.adapter, QueryableConfig):

@@ -14,11 +14,10 @@ from torch.utils.data import Sampler
 
 from qmemtune.adapters import InstructionSource, auxiliary_loss, prompts_of
 from qmemtune.config.schema import Config
-from qmemtune.data.collate import Collator
 from qmemtune.data.prepare import PreparedData
 from qmemtune.data.rows import IGNORED
-from qmemtune.data.sampler import LengthGroupedSampler
 from qmemtune.data.targets import count_targets
+from qmemtune.engine.batching import Batching, check_rows_stay_apart
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.task import Batch, Task
 from qmemtune.evaluation.evaluate import draw_samples, evaluate
@@ -47,10 +46,13 @@ class LanguageTask(Task):
         dtype: torch.dtype,
     ) -> None:
         self.model, self.tokenizer, self.data = model, tokenizer, data
-        self.rows, self.heldout, self.report = data.train, data.heldout, data.report
+        self.batching = Batching(config, data.train, tokenizer.pad_token_id)
+        self.rows, self.heldout, self.report = self.batching.rows, data.heldout, data.report
         self.config, self.device, self.dtype = config.evaluation, device, dtype
         self.source = InstructionSource(model, tokenizer)
-        self.collator = Collator(tokenizer.pad_token_id)
+        self.collator = self.batching.collator
+        if self.batching.packed:
+            check_rows_stay_apart(model, device, dtype)
         with self.source.context([""]):
             self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
 
@@ -64,6 +66,9 @@ class LanguageTask(Task):
         """Cross-entropy summed over labelled tokens."""
         inputs = dict(batch)
         instructions = inputs.pop("instruction")
+        if "position_ids" in inputs:
+            # Packed rows: a mask would tell transformers that each sequence is one row.
+            inputs.pop("attention_mask")
         prompts = prompts_of(self.source.memory, inputs["labels"], IGNORED)
         with self.source.context(instructions), prompts, self.labelled_loss.installed():
             loss_sum, auxiliary = model(**inputs)
@@ -97,11 +102,12 @@ class LanguageTask(Task):
         return [sample.as_dict() for sample in answered]
 
     def sampler(self, config: Config, world_size: int) -> Sampler[int]:
-        """Rows of like length together, or at random."""
-        if not config.trainer.length_grouping:
-            return super().sampler(config, world_size)
-        rows_at_a_time = config.trainer.per_device_train_batch_size * world_size
-        return LengthGroupedSampler(self.data.train.lengths, rows_at_a_time, config.seed)
+        """See :class:`Batching`."""
+        return self.batching.sampler(world_size)
+
+    def notes(self, world_size: int) -> list[str]:
+        """How batches are made."""
+        return [self.batching.line(world_size)]
 
     def resolved(self, config: Config) -> Config:
         """The config with the row form that was recognised, so that prompts are rendered alike without the rows."""

@@ -14,6 +14,7 @@ from qmemtune.config.adapters import AdapterConfig, LoraConfig
 from qmemtune.config.checks import is_regression
 from qmemtune.config.compose import Composed
 from qmemtune.config.schema import Config, ModelConfig
+from qmemtune.data.packing import PackedRows
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.regression import prepare_regression
 from qmemtune.engine.arguments import refuse_data_parallel
@@ -95,7 +96,8 @@ def counted_rows(config: Config) -> CountedRows:
         return CountedRows(len(made.train), len(made.heldout), len(made.train), made.as_dict(), [])
     data = prepare_data(config.data, load_tokenizer(config.model))
     tokens = data.report.train.tokens
-    return CountedRows(len(data.train), len(data.heldout), tokens, data.report.as_dict(), data.report.warnings)
+    rows = PackedRows(data.train, config.data.max_length) if config.trainer.packing else data.train
+    return CountedRows(len(rows), len(data.heldout), tokens, data.report.as_dict(), data.report.warnings)
 
 
 def adapter_facts(config: Config) -> tuple[int, dict[str, Any]]:

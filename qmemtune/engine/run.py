@@ -79,7 +79,7 @@ def train(composed: Composed, *, progress: Progress | None = None, loads: Loads 
     )
     if first:
         run.config.write_text(to_yaml(task.resolved(config)), encoding="utf-8")
-    for line in task.report.lines():
+    for line in [*task.report.lines(), *task.notes(args.world_size)]:
         progress.message(line)
     steps = count_steps(len(task.rows), config.trainer, config.optimizer, world_size=args.world_size)
     settle(args, run, steps)

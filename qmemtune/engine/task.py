@@ -67,6 +67,10 @@ class Task(ABC):
         """The order of the training rows; has ``set_epoch``."""
         return SeededRandomSampler(len(self.rows), config.seed)
 
+    def notes(self, world_size: int) -> list[str]:
+        """Lines for the reader about how the rows are used."""
+        return []
+
     def resolved(self, config: Config) -> Config:
         """The config with what was found out about the rows."""
         return config

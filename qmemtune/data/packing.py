@@ -1,0 +1,114 @@
+"""Rows packed into sequences of one length, each row still on its own.
+
+A packed sequence has the rows' tokens one after the other, and positions that begin again at 0 with each row. From
+them transformers builds an attention mask that keeps the rows apart (in a pass without a cache); a route of the
+queryable memory is formed from one token alone; a row's first token is never predicted. So every row gets the logits it
+has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+
+from qmemtune.data.rows import IGNORED, TokenRows
+
+
+def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of rows in packs of at most ``size`` tokens: best fit, longest first.
+
+    A row longer than ``size`` is a pack of its own.
+    """
+    packs: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(size + 1)]
+    # Bit r is set where a pack has room for r tokens: the tightest fit is the lowest bit from the length on.
+    rooms = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[i]
+        above = rooms >> length if length <= size else 0
+        if above:
+            room = length + (above & -above).bit_length() - 1
+            number = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            number, room = len(packs), max(size, length)
+            packs.append([])
+        packs[number].append(i)
+        if room - length > 0:
+            by_room[room - length].append(number)
+            rooms |= 1 << (room - length)
+    return packs
+
+
+class PackedRows(Sequence[dict[str, Any]]):
+    """Packs of rows; each has ``input_ids``, ``labels`` and ``position_ids``, lists of one length.
+
+    Args:
+        rows: what is packed.
+        size: tokens that a pack may have.
+    """
+
+    def __init__(self, rows: TokenRows, size: int) -> None:
+        self.rows = rows
+        self.size = size
+        self.packs = pack(rows.lengths, size)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        packed: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": []}
+        for i in self.packs[index]:
+            row = self.rows[i]
+            packed["input_ids"] += row["input_ids"]
+            packed["labels"] += row["labels"]
+            packed["position_ids"] += range(len(row["input_ids"]))
+        return packed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each pack."""
+        lengths = self.rows.lengths
+        return [sum(lengths[i] for i in pack) for pack in self.packs]
+
+
+@dataclass(frozen=True)
+class PackCollator:
+    """Pads packs on the right to the longest of them.
+
+    Returns, when called with B packs, ``input_ids``, ``labels``, ``position_ids`` and ``attention_mask``, LongTensors
+    of shape (B, T), and ``instruction``, B empty texts. The mask says which tokens are real and is not for the model,
+    which would take it to mean that each sequence is one row; padding has positions of its own, as one more row.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, packs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        longest = max(len(pack["input_ids"]) for pack in packs)
+        columns: dict[str, list[list[int]]] = {
+            name: [] for name in ("input_ids", "labels", "position_ids", "attention_mask")
+        }
+        for pack in packs:
+            length = len(pack["input_ids"])
+            rest = longest - length
+            columns["input_ids"].append(pack["input_ids"] + [self.pad_token_id] * rest)
+            columns["labels"].append(pack["labels"] + [IGNORED] * rest)
+            columns["position_ids"].append([*pack["position_ids"], *range(rest)])
+            columns["attention_mask"].append([1] * length + [0] * rest)
+        batch: dict[str, Any] = {name: torch.tensor(values) for name, values in columns.items()}
+        return {**batch, "instruction": [""] * len(packs)}
