@@ -52,6 +52,8 @@ class CacheEntry:
     """One file of the cache, there or not."""
 
     path: Path
+    content: bytes
+    """Digest of the sources' content, when the entry was named."""
 
     def load(self) -> PreparedData | None:
         """What was stored; None if there is nothing, or nothing whole."""
@@ -102,14 +104,24 @@ def cache_entry(config: DataConfig, tokenizer: Any) -> CacheEntry | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not config.cache or config.streaming or backend is None or not hasattr(backend, "to_str"):
         return None
-    digest = hashlib.blake2b(digest_size=20)
     try:
-        for part in [*tokenizer_parts(tokenizer), *code_parts(), *option_parts(config), *content_parts(config)]:
-            digest.update(part)
-            digest.update(b"\0")
+        found = content(config)
     except OSError:
         return None
-    return CacheEntry(cache_root() / "rows" / f"{digest.hexdigest()}{ENDING}")
+    digest = hashlib.blake2b(digest_size=20)
+    for part in [*tokenizer_parts(tokenizer), *code_parts(), *option_parts(config), found]:
+        digest.update(part)
+        digest.update(b"\0")
+    return CacheEntry(cache_root() / "rows" / f"{digest.hexdigest()}{ENDING}", found)
+
+
+def content(config: DataConfig) -> bytes:
+    """Digest of the content of every source, each after its name: rows are named after their files."""
+    digest = hashlib.blake2b(digest_size=32)
+    for part in content_parts(config):
+        digest.update(part)
+        digest.update(b"\0")
+    return digest.digest()
 
 
 def tokenizer_parts(tokenizer: Any) -> Iterator[bytes]:
@@ -134,16 +146,15 @@ def option_parts(config: DataConfig) -> Iterator[bytes]:
 
 
 def content_parts(config: DataConfig) -> Iterator[bytes]:
-    """The content of every source, after its name: rows are named after their files."""
     for own in source_configs(config).values():
-        yield from content(own.path, own.name, own.split)
+        yield from source_parts(own.path, own.name, own.split)
         if config.eval_split is not None and config.eval_path is None:
-            yield from content(own.path, own.name, config.eval_split)
+            yield from source_parts(own.path, own.name, config.eval_split)
     if config.eval_path is not None:
-        yield from content(config.eval_path, config.name, config.eval_split or config.split)
+        yield from source_parts(config.eval_path, config.name, config.eval_split or config.split)
 
 
-def content(path: str, name: str | None, split: str) -> Iterator[bytes]:
+def source_parts(path: str, name: str | None, split: str) -> Iterator[bytes]:
     if path.startswith(GENERATED):
         # Made by code, which is part of the name.
         yield path.encode()

@@ -135,9 +135,11 @@ class ChatRenderer:
             muted = muted | set(answers[:-1])
         if muted.issuperset(answers):
             raise RowError("every assistant message in the loss has weight 0")
-        whole, _ = self._turn(marked, answers[-1])
+        whole, last = self._turn(marked, answers[-1])
         self._check_whole(marked, whole, mark)
-        spans = self._spans(marked, whole, answers)
+        spans = self._spans(marked, whole, answers[:-1])
+        if spans is not None:
+            spans.append(last)
         if spans is not None:
             for i, (start, end) in zip(answers, spans, strict=True):
                 check_calls(marked[i], whole[start:end])

@@ -13,7 +13,7 @@ import numpy as np
 
 from qmemtune.config.schema import MISSING, DataConfig
 from qmemtune.data.cache import PreparedData as PreparedData
-from qmemtune.data.cache import cache_entry
+from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder
 from qmemtune.data.examples import Example, ExampleMaker
 from qmemtune.data.formats import CONVERSATIONS
@@ -77,7 +77,7 @@ def prepare_data(
         return found
     prepared = Preparation(config, tokenizer, rejected_path, progress).run(with_train=True)
     # A file that changed meanwhile has another name by now.
-    if entry is not None and cache_entry(config, tokenizer) == entry:
+    if entry is not None and content(config) == entry.content:
         entry.store(prepared)
     return prepared
 

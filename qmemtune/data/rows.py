@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -69,16 +70,28 @@ class RowBuilder:
     def rows(self) -> TokenRows:
         """All rows so far."""
 
-        def numbers(values: array[int], kind: type[np.generic]) -> pa.Array:
-            return pa.array(np.frombuffer(values, dtype=kind) if values else np.empty(0, dtype=kind))
-
         lists = [
-            pa.LargeListArray.from_arrays(numbers(ends, np.int64), numbers(values, np.int32))
+            pa.LargeListArray.from_arrays(numbers(ends), numbers(values))
             for ends, values in ((self._token_ends, self._tokens), (self._span_ends, self._spans))
         ]
-        lengths, prompts = numbers(self._lengths, np.int32), numbers(self._prompt_lengths, np.int32)
-        texts = [pa.array(self._texts[name], pa.large_string()) for name in TEXTS]
+        lengths, prompts = numbers(self._lengths), numbers(self._prompt_lengths)
+        texts = [strings(self._texts[name]) for name in TEXTS]
         return TokenRows(pa.Table.from_arrays([lists[0], lengths, prompts, lists[1], *texts], schema=SCHEMA))
+
+
+# From the bytes themselves: pyarrow would import pandas, a second's work, to convert a list or an array of numpy's.
+
+
+def numbers(values: array[int]) -> pa.Array:
+    kind = pa.int64() if values.typecode == "q" else pa.int32()
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.tobytes())])
+
+
+def strings(texts: Sequence[str]) -> pa.Array:
+    encoded = [text.encode() for text in texts]
+    ends = array("q", accumulate(map(len, encoded), initial=0))
+    buffers = [None, pa.py_buffer(ends.tobytes()), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.large_string(), len(encoded), buffers)
 
 
 class TokenRows(Sequence[dict[str, Any]]):
@@ -104,7 +117,7 @@ class TokenRows(Sequence[dict[str, Any]]):
 
     def _column(self, name: str) -> Any:
         column = self.table.column(name)
-        return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+        return column.chunk(0) if column.num_chunks else pa.nulls(0, column.type)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -142,7 +155,10 @@ class TokenRows(Sequence[dict[str, Any]]):
     def compact(self) -> pa.Table:
         """A table of these rows alone, in their order."""
         whole = len(self.order) == len(self.table) and bool((self.order == np.arange(len(self.table))).all())
-        return self.table if whole else self.table.take(pa.array(self.order))
+        return self.table if whole else self.table.take(self._indices())
+
+    def _indices(self) -> pa.Array:
+        return numbers(array("q", self.order.tolist()))
 
     @property
     def lengths(self) -> list[int]:
@@ -161,7 +177,7 @@ class TokenRows(Sequence[dict[str, Any]]):
 
     @property
     def groups(self) -> list[str]:
-        groups: list[str] = self._texts["group"].take(pa.array(self.order)).to_pylist()
+        groups: list[str] = self._texts["group"].take(self._indices()).to_pylist()
         return groups
 
 
