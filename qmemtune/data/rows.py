@@ -79,12 +79,20 @@ class RowBuilder:
         return TokenRows(pa.Table.from_arrays([lists[0], lengths, prompts, lists[1], *texts], schema=SCHEMA))
 
 
-# From the bytes themselves: pyarrow would import pandas, a second's work, to convert a list or an array of numpy's.
+# From and to the bytes themselves: pyarrow would import pandas, a second's work, to convert lists and numpy's arrays.
 
 
 def numbers(values: array[int]) -> pa.Array:
     kind = pa.int64() if values.typecode == "q" else pa.int32()
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.tobytes())])
+
+
+def view(numbers: pa.Array) -> np.ndarray:
+    """Whole numbers without nulls as numpy's, not copied."""
+    kind = np.int64 if pa.types.is_int64(numbers.type) else np.int32
+    if not len(numbers):
+        return np.empty(0, kind)
+    return np.frombuffer(numbers.buffers()[1], kind)[numbers.offset : numbers.offset + len(numbers)]
 
 
 def strings(texts: Sequence[str]) -> pa.Array:
@@ -109,10 +117,10 @@ class TokenRows(Sequence[dict[str, Any]]):
         self.table = SCHEMA.empty_table() if table is None else table.combine_chunks()
         self.order = np.arange(len(self.table)) if order is None else order
         tokens, spans = self._column("tokens"), self._column("spans")
-        self._tokens, self._token_ends = tokens.values.to_numpy(), tokens.offsets.to_numpy()
-        self._spans, self._span_ends = spans.values.to_numpy(), spans.offsets.to_numpy()
-        self._lengths = self._column("length").to_numpy()
-        self._prompt_lengths = self._column("prompt_length").to_numpy()
+        self._tokens, self._token_ends = view(tokens.values), view(tokens.offsets)
+        self._spans, self._span_ends = view(spans.values), view(spans.offsets)
+        self._lengths = view(self._column("length"))
+        self._prompt_lengths = view(self._column("prompt_length"))
         self._texts = {name: self._column(name) for name in TEXTS}
 
     def _column(self, name: str) -> Any:
