@@ -83,6 +83,11 @@ class RunDir:
         return self.path / "export"
 
     @property
+    def distilled(self) -> Path:
+        """Folder of the runs that distil this run's memory into a LoRA, one for each choice of settings."""
+        return self.path / "distilled"
+
+    @property
     def tracking(self) -> Path:
         """Files of logging back-ends (TensorBoard events and the like)."""
         return self.path / "tracking"

@@ -70,10 +70,19 @@ AT_LEAST_ONE = (
     "data.regression.regions",
     "data.regression.correction_rank",
     "export.calibration_rows",
+    "export.rank",
+    "export.distill_steps",
+    "export.distill_rows",
     "export.fidelity_rows",
 )
 AT_LEAST_ONE_QUERYABLE = ("adapter.num_atoms", "adapter.key_dim", "adapter.block_size", "adapter.top_k")
-ABOVE_ZERO = ("optimizer.learning_rate", "optimizer.eps", "trainer.num_train_epochs", "adapter.alpha")
+ABOVE_ZERO = (
+    "export.distill_learning_rate",
+    "optimizer.learning_rate",
+    "optimizer.eps",
+    "trainer.num_train_epochs",
+    "adapter.alpha",
+)
 ABOVE_ZERO_QUERYABLE = (
     "adapter.temperature",
     "adapter.memory_learning_rate_multiplier",

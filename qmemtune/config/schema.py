@@ -299,8 +299,22 @@ class ExportConfig:
     base: Literal["auto", "dequantized", "original"] = "auto"
     """Merging a quantised run: into the dequantised weights it was trained beside, or into the original ones; auto
     measures both on calibration rows."""
+    fold: Literal["distill", "least_squares", "mean"] = "distill"
+    """Making a queryable memory static: mean route, least-squares operator of each layer, or a LoRA that starts there
+    and is trained to give the live model's token distributions."""
+    rank: int | None = None
+    """Rank of the distilled LoRA; adapter.r if not set."""
+    distill_steps: int = 300
+    """Most optimizer steps of the distillation; it stops early when held-out KL falls no more."""
+    distill_learning_rate: float | None = None
+    """Peak learning rate of the distillation; half of the run's if not set."""
+    distill_rows: int = 2048
+    """Calibration rows to distil on, at most; a tenth of them is held out."""
+    calibration: str | None = None
+    """Rows for folding, distilling and comparing bases, such as a deployment's own; the training rows if not set. Of
+    the same form as the training rows."""
     calibration_rows: int = 64
-    """Training rows on which a queryable memory is folded, and on which auto compares the two bases."""
+    """Calibration rows on which a memory is folded, and on which base=auto compares the two bases."""
     fidelity: bool = True
     """Load the export back and compare it with the live model; off, the model card says that nothing was measured."""
     fidelity_rows: int = 32

@@ -131,7 +131,12 @@ def _export(c: Config) -> dict[str, str]:
     elif not quantised:
         reasons["export.base"] = "quantization.kind is none"
     if not (folded or (export.format == "merged" and quantised and export.base == "auto" and export.fidelity)):
-        reasons["export.calibration_rows"] = "nothing is folded"
+        reasons["export.calibration_rows"] = reasons["export.calibration"] = "nothing is folded"
+    for name in ("rank", "distill_steps", "distill_learning_rate", "distill_rows"):
+        if not folded or export.fold != "distill":
+            reasons[f"export.{name}"] = "nothing is distilled"
+    if not folded:
+        reasons["export.fold"] = "nothing is folded"
     if not export.fidelity:
         for name in ("fidelity_rows", "max_kl", "max_loss_increase"):
             reasons[f"export.{name}"] = "export.fidelity is false"

@@ -25,26 +25,39 @@ CHUNK = 1024
 """Labelled positions whose logits exist at one time."""
 
 
-def summed_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of the cross-entropies at N positions, fp32 scalar; keeps the graph of all logits."""
-    total = hidden_ND.new_zeros((), dtype=torch.float32)
+LossOf = Callable[[Tensor, Tensor, int], Tensor]
+"""Sum of the losses of some positions, from their logits (n, V) in fp32, their targets (n,), and how many labelled
+positions of the batch come before them."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, start: int) -> Tensor:
+    """A :data:`LossOf` against the rows' own tokens."""
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def summed_loss(hidden_ND: Tensor, targets_N: Tensor, logits_of: Callable[[Tensor], Tensor], loss_of: LossOf) -> Tensor:
+    """Sum of the losses at N positions, fp32 scalar; keeps the graph of all logits."""
+    total, start = hidden_ND.new_zeros((), dtype=torch.float32), 0
     for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True):
-        total = total + F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum")
+        total = total + loss_of(logits_of(hidden).float(), targets, start)
+        start += len(hidden)
     return total
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """:func:`summed_cross_entropy` behind a frozen head: keeps one gradient (N, D) instead of logits (N, V)."""
+    """:func:`summed_loss` behind a frozen head: keeps one gradient (N, D) instead of logits (N, V)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, targets_N: Tensor, logits_of: Callable[[Tensor], Tensor], loss_of: LossOf
+    ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradient_ND = torch.empty_like(hidden_ND)
         start = 0
         for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
-                loss = F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum")
+                loss = loss_of(logits_of(hidden).float(), targets, start)
             gradient_ND[start : start + len(hidden)] = torch.autograd.grad(loss, hidden)[0]
             start += len(hidden)
             total += loss.detach()
@@ -52,9 +65,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND * grads[0]).to(gradient_ND.dtype), None, None
+        return (gradient_ND * grads[0]).to(gradient_ND.dtype), None, None, None
 
 
 class LabelledLoss:
@@ -66,9 +79,16 @@ class LabelledLoss:
     Args:
         model: a PEFT model around a causal language model.
         auxiliary: called after the forward pass of the base model: a loss term of the adapter, or None.
+        loss_of: the loss of labelled positions.
     """
 
-    def __init__(self, model: nn.Module, auxiliary: Callable[[], Tensor | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        auxiliary: Callable[[], Tensor | None] = lambda: None,
+        loss_of: LossOf = cross_entropy,
+    ) -> None:
+        self.loss_of = loss_of
         self.tuner: nn.Module = model.base_model  # type: ignore[assignment]
         self.lm: nn.Module = model.get_base_model()  # type: ignore[operator]
         self.auxiliary = auxiliary
@@ -103,7 +123,7 @@ class LabelledLoss:
         inputs.update(use_cache=False, return_dict=True)
         if self.transform is None:
             logits = lm_forward(**inputs).logits
-            return summed_cross_entropy(logits[labelled], targets[labelled], lambda chunk: chunk)
+            return summed_loss(logits[labelled], targets[labelled], lambda chunk: chunk, self.loss_of)
         return self._from_hidden(inputs, labelled, targets)
 
     def _from_hidden(self, inputs: dict[str, Any], labelled: Tensor, targets: Tensor) -> Tensor:
@@ -118,8 +138,8 @@ class LabelledLoss:
             # Keeps the graph whole: a batch without labels must reach every parameter, with gradient zero.
             return hidden.sum().float()
         if torch.is_grad_enabled() and not any(p.requires_grad for p in head.parameters()):
-            return FrozenHeadLoss.apply(hidden, targets[labelled], logits_of)
-        return summed_cross_entropy(hidden, targets[labelled], logits_of)
+            return FrozenHeadLoss.apply(hidden, targets[labelled], logits_of, self.loss_of)
+        return summed_loss(hidden, targets[labelled], logits_of, self.loss_of)
 
 
 @contextmanager

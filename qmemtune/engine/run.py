@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,23 @@ from qmemtune.engine.trainer import Parts, RunTrainer
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.rundir import RunDir, write_json
 
+MakeTask = Callable[[TrainingArguments, torch.dtype], Task]
 
-def train(composed: Composed, *, progress: Progress | None = None, loads: Loads | None = None) -> dict[str, Any]:
+
+def train(
+    composed: Composed,
+    *,
+    progress: Progress | None = None,
+    loads: Loads | None = None,
+    make_task: MakeTask | None = None,
+) -> dict[str, Any]:
     """Train an adapter and write the run folder.
 
     Args:
         composed: the run's config.
         progress: is told what happens; in the first process only.
         loads: what earlier runs of this process loaded, to be used again where it is the same.
+        make_task: makes another task than the config's own; the adapter is the config's all the same.
 
     Returns:
         The summary that summary.json holds.
@@ -69,14 +79,17 @@ def train(composed: Composed, *, progress: Progress | None = None, loads: Loads 
         progress.message(note)
     if first:
         open_folder(opened, composed, args)
-    task = build(
-        config,
-        args,
-        dtype=dtype,
-        rejected=run.rejected if first else None,
-        loads=loads or Loads(),
-        progress=progress.rows,
-    )
+    if make_task is not None:
+        task = make_task(args, dtype)
+    else:
+        task = build(
+            config,
+            args,
+            dtype=dtype,
+            rejected=run.rejected if first else None,
+            loads=loads or Loads(),
+            progress=progress.rows,
+        )
     if first:
         run.config.write_text(to_yaml(task.resolved(config)), encoding="utf-8")
     for line in [*task.report.lines(), *task.notes(args.world_size)]:

@@ -52,11 +52,15 @@ class LabelledLogits:
         size = self._chunk_size()
         for start in range(0, len(self.target), size):
             part = slice(start, start + size)
-            with torch.no_grad(), self._autocast():
-                states = self._states[part]
-                logits = states if self._head is None else self._head(states[None])[0]
-                logits = logits if self._transform is None else self._transform(logits)
-            yield part, logits.float()
+            yield part, self.at(part)
+
+    def at(self, part: slice) -> torch.Tensor:
+        """The logits of a slice of the N positions, fp32 (n, V), with no gradient."""
+        with torch.no_grad(), self._autocast():
+            states = self._states[part]
+            logits = states if self._head is None else self._head(states[None])[0]
+            logits = logits if self._transform is None else self._transform(logits)
+        return logits.float()
 
     def _chunk_size(self) -> int:
         width = self._states.shape[-1] if self._head is None else head_width(self._head)

@@ -21,7 +21,7 @@ def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, 
         source: the base model's.
         result: what the export reports; its ``path`` is left out.
     """
-    kept = ("format", "exact", "note", "forced", "dtype", "fidelity", "calibration")
+    kept = ("format", "exact", "note", "forced", "dtype", "fidelity", "calibration", "distillation")
     return {
         "qmemtune": __version__,
         **{key: result[key] for key in kept if key in result},

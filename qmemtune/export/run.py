@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import InstructionSource
 from qmemtune.config.schema import Config
-from qmemtune.data.prepare import prepare_data, prepare_heldout
+from qmemtune.data.prepare import PreparedData, prepare_data, prepare_heldout
 from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.engine.restore import LoadedRun, load_run
 from qmemtune.errors import RunFailed
@@ -23,6 +23,7 @@ from qmemtune.evaluation.samples import evenly_spaced
 from qmemtune.export.base_choice import compare_bases
 from qmemtune.export.card import write_card
 from qmemtune.export.destination import check_destination, written_whole
+from qmemtune.export.distill import distilled
 from qmemtune.export.exactness import exactness, require_exportable
 from qmemtune.export.fidelity import FILE as FIDELITY
 from qmemtune.export.fidelity import exact_matches, fidelity, too_far
@@ -118,15 +119,20 @@ def write(job: Export, folder: Path) -> None:
     calibration = calibration_rows(job)
     lora = job.run.adapter
     if job.folds:
-        job.progress.message(f"folding the memory over {len(calibration)} training rows")
+        job.progress.message(f"folding the memory over {len(calibration)} calibration rows")
         start = time.perf_counter()
         # Beside what is to be served: a merged model is made from it, and does not keep it.
         lora = folder if job.form == "lora" else folder / ".lora"
-        folded = folded_layers(job.live, calibration)
+        folded = folded_layers(job.live, calibration, config.export.fold)
+        result["calibration"] = {"rows": len(calibration), "fold": config.export.fold}
+        job.seconds["fold"] = time.perf_counter() - start
+        if config.export.fold == "distill":
+            start = time.perf_counter()
+            rows = calibration_data(job, config.export.distill_rows)
+            folded, result["distillation"] = distilled(job.run, job.live, folded, rows, job.progress)
+            job.seconds["distill"] = time.perf_counter() - start
         base = job.live.model.get_base_model()
         write_folded_lora(lora, base, folded, job.source, dropout=config.adapter.dropout)
-        result["calibration"] = {"rows": len(calibration)}
-        job.seconds["fold"] = time.perf_counter() - start
     job.progress.message(f"writing {job.form} to {result['path']}")
     if job.form == "merged":
         write_merged(job, folder, lora, calibration)
@@ -172,19 +178,39 @@ def write_merged(job: Export, folder: Path, lora: Path, calibration: Sequence[An
 
 
 def calibration_rows(job: Export) -> Sequence[Any]:
-    """Training rows, spread over all of them: to fold on, and to compare bases on; none if nothing needs any.
+    """Calibration rows to fold on, and to compare bases on; none if nothing needs any.
 
     Raises:
         UserError: the data cannot be read.
     """
-    data, wanted = job.config.data, job.config.export.calibration_rows
     export = job.config.export
     compares = job.form == "merged" and job.config.quantization.kind != "none" and export.base == "auto"
     if not (job.folds or (compares and export.fidelity)):
         return []
+    return calibration_data(job, export.calibration_rows).train
+
+
+def calibration_data(job: Export, wanted: int) -> PreparedData:
+    """Rows spread over the run's training rows, or over those of ``export.calibration``; all in ``train``.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    data = job.config.data
+    if job.config.export.calibration is not None:
+        data = replace(
+            data,
+            path=job.config.export.calibration,
+            eval_path=None,
+            eval_split=None,
+            eval_fraction=0.0,
+            max_train_rows=None,
+        )
     most = wanted * CANDIDATES_PER_ROW
     limit = most if data.max_train_rows is None else min(most, data.max_train_rows)
-    return evenly_spaced(prepare_data(replace(data, max_train_rows=limit), job.live.tokenizer).train, wanted)
+    prepared = prepare_data(replace(data, max_train_rows=limit), job.live.tokenizer)
+    count = len(prepared.train)
+    return replace(prepared, train=prepared.train.select(evenly_spaced(range(count), wanted)))
 
 
 def measure(job: Export, folder: Path) -> None:
@@ -222,7 +248,7 @@ def measure(job: Export, folder: Path) -> None:
 def report(result: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """The content of fidelity.json."""
     limits = {"max_kl": config.max_kl, "max_loss_increase": config.max_loss_increase}
-    kept = ("format", "exact", "note", "forced", "too_far", "dtype", "rounding", "base", "calibration")
+    kept = ("format", "exact", "note", "forced", "too_far", "dtype", "rounding", "base", "calibration", "distillation")
     measured = result["fidelity"]
     reason = None if measured else "switched off" if not config.fidelity else "no held-out rows"
     return {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from qmemtune.adapters.queryable.fold import FoldedLayer, mean_fold
+from qmemtune.adapters.queryable.fold import FoldedLayer, least_squares_fold, mean_fold
 from qmemtune.data.collate import Collator
 from qmemtune.engine.restore import LoadedRun
 from qmemtune.evaluation.forward import evaluation_forward
@@ -19,17 +19,19 @@ from qmemtune.models.hardware import autocast
 BATCH_SIZE = 16
 
 
-def folded_layers(live: LoadedRun, rows: Sequence[Mapping[str, Any]]) -> dict[str, FoldedLayer]:
-    """Fold the run's memory with each block's mean route over the real tokens of ``rows``.
+def folded_layers(live: LoadedRun, rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, FoldedLayer]:
+    """Fold the run's memory over the real tokens of ``rows``.
 
     Args:
         rows: calibration rows, as the data module prepares them; their instructions reach the memory's prior.
+        method: ``mean`` for each block's mean route, else the least-squares operator of each layer.
 
     Returns:
         path of each adapted layer in the base model -> its static factors.
     """
+    fold = mean_fold if method == "mean" else least_squares_fold
     with undisturbed(live.model), dequantized_on_cpu(live.model):
-        return mean_fold(live.model, _forwards(live, rows))
+        return fold(live.model, _forwards(live, rows))
 
 
 def _forwards(live: LoadedRun, rows: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], object]]:

@@ -90,6 +90,7 @@ def make_run(base_folder: Callable[..., Path], rows: Path, tmp_path: Path) -> Ma
             export=ExportConfig(
                 **{
                     "base": "dequantized",
+                    "fold": "mean",
                     "calibration_rows": 8,
                     "fidelity_rows": 6,
                     "max_kl": 100.0,

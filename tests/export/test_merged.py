@@ -108,7 +108,7 @@ def test_folding_real_routes_is_measured(make_run) -> None:
     assert result["exact"] is False
     assert "static update" in result["note"]
     assert result["fidelity"]["kl_mean"] > 1e-4
-    assert result["calibration"] == {"rows": 8}
+    assert result["calibration"] == {"rows": 8, "fold": "mean"}
 
 
 def test_loads_where_neither_peft_nor_qmemtune_exists(make_run, tmp_path: Path) -> None:
