@@ -80,5 +80,7 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     if fidelity.get("exact_match_rows"):
         live, exported = fidelity["exact_match_live"], fidelity["exact_match_exported"]
         console.print(f"exact match: live {live:.1%}, exported {exported:.1%} ({fidelity['exact_match_rows']} rows)")
+    if result.get("pushed_to"):
+        console.print(f"uploaded: {result['pushed_to']}", markup=False)
     for reason in result.get("too_far", []):
         console.print(f"kept by force: {reason}", style="yellow", markup=False)

@@ -323,6 +323,14 @@ class ExportConfig:
     """Refuse an export whose mean KL(live || exported) is larger (nats a token)."""
     max_loss_increase: float = 0.05
     """Refuse an export whose held-out loss is above the live model's by more (nats a token)."""
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Merged models only: also write a GGUF file of this type, through llama.cpp's converter."""
+    license: str | None = None
+    """Licence for the model card, such as apache-2.0; the base's and the data's apply in any case."""
+    push_to_hub: str | None = None
+    """Upload the export to this repository of the hub (NAME or OWNER/NAME)."""
+    push_public: bool = False
+    """Make a new repository public; private if not."""
     force: bool = False
     """Replace an earlier export, and keep one that is too far from the live model (its card says so)."""
 

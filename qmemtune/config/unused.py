@@ -128,6 +128,7 @@ def _export(c: Config) -> dict[str, str]:
     folded = isinstance(c.adapter, QueryableConfig) and export.format != "live"
     if export.format != "merged":
         reasons["export.dtype"] = reasons["export.base"] = f"export.format is {export.format}"
+        reasons["export.gguf"] = f"export.format is {export.format}"
     elif not quantised:
         reasons["export.base"] = "quantization.kind is none"
     if not (folded or (export.format == "merged" and quantised and export.base == "auto" and export.fidelity)):
@@ -137,6 +138,8 @@ def _export(c: Config) -> dict[str, str]:
             reasons[f"export.{name}"] = "nothing is distilled"
     if not folded:
         reasons["export.fold"] = "nothing is folded"
+    if export.push_to_hub is None:
+        reasons["export.push_public"] = "export.push_to_hub is not set"
     if not export.fidelity:
         for name in ("fidelity_rows", "max_kl", "max_loss_increase"):
             reasons[f"export.{name}"] = "export.fidelity is false"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
+from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
 from qmemtune.export.marker import public
 from qmemtune.models.sources import PACKAGE, Source
@@ -40,12 +41,12 @@ def write_card(folder: Path, run: RunDir, config: Config, source: Source, result
         front_matter(config, source),
         f"# {config.description or f'{source.origin}, fine-tuned'}",
         f"Form: {FORMS[config.export.format]}.",
-        making(config, source),
+        making(config, source, result),
         "## Load it\n\n" + loading(config, source),
         "## Measured\n\n" + measured(run),
         "## Fidelity of this export\n\n" + fidelity_text(result),
         "## Parameters\n\n" + parameters(config),
-        "The licences of the base model and of the data apply.",
+        "## Licence\n\n" + licence(config),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -54,30 +55,66 @@ def front_matter(config: Config, source: Source) -> str:
     """The card's metadata, as the hub reads it; the base is named only if the hub knows it."""
     lines = ["---", f"library_name: {'transformers' if config.export.format == 'merged' else 'peft'}"]
     lines.append("pipeline_tag: text-generation")
+    if config.export.license is not None:
+        lines.append(f"license: {config.export.license}")
     if not source.is_local:
         lines.append(f"base_model: {source.origin}")
     lines += ["tags:", "- qmemtune", f"- {'lora' if config.adapter.kind == 'lora' else 'queryable-memory'}", "---"]
     return "\n".join(lines)
 
 
-def making(config: Config, source: Source) -> str:
+def licence(config: Config) -> str:
+    """What is known of the licence."""
+    own = "" if config.export.license is None else f"This export: {config.export.license}. "
+    return f"{own}The licences of the base model and of the data apply."
+
+
+def making(config: Config, source: Source, result: dict[str, Any]) -> str:
     """Base, data and method."""
     paths = [s.path for s in config.data.sources.values()] or [config.data.path]
     data = ", ".join(PurePath(path).name if PurePath(path).suffix else path for path in paths)
     precision = "unquantised" if config.quantization.kind == "none" else f"quantised to {config.quantization.kind}"
     base = source.origin if source.revision is None else f"{source.origin} (revision {source.revision})"
-    return f"- Base: {base}, {precision} during training\n- Data: {data}\n- Method: {METHODS[config.adapter.kind]}"
+    digest = result.get("base_sha256")
+    pin = f" (SHA-256 of its weights: {digest})" if digest else ""
+    return f"- Base: {base}{pin}, {precision} during training\n- Data: {data}\n- Method: {METHODS[config.adapter.kind]}"
 
 
 def loading(config: Config, source: Source) -> str:
-    """Code that loads the folder, with a placeholder for its place."""
+    """How to load the folder with several tools, with placeholders for places."""
     if config.export.format == "merged":
-        return code(
+        text = code(
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
             'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+            *answering(),
         )
+        gguf = "convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf && llama-cli -m model.gguf"
+        if config.export.gguf:
+            gguf = f"llama-cli -m THIS_FOLDER/model-{config.export.gguf}.gguf"
+        return f"{text}\n\nvLLM: `vllm serve THIS_FOLDER`\n\nllama.cpp: `{gguf}`"
+    text = code(*adapter_loading(config, source))
+    if config.export.format == "lora" or config.adapter.kind == "lora":
+        return (
+            f"{text}\n\nvLLM: `vllm serve BASE --enable-lora --lora-modules tuned=THIS_FOLDER"
+            f" --max-lora-rank {rank_of(config)}`\n\nllama.cpp: `convert_lora_to_gguf.py THIS_FOLDER --base BASE`,"
+            " then `llama-cli -m BASE.gguf --lora FILE.gguf`"
+        )
+    return (
+        f'{text}\n\ntransformers alone, after the same import: `base.load_adapter("THIS_FOLDER")`\n\nOther servers'
+        " (vLLM, llama.cpp) know no input-dependent adapter: export with `export.format=lora` or `merged` for them."
+    )
+
+
+def rank_of(config: Config) -> int:
+    """The LoRA's rank."""
+    distilled = config.adapter.kind == "queryable" and config.export.fold == "distill"
+    return (config.export.rank if distilled else None) or config.adapter.r
+
+
+def adapter_loading(config: Config, source: Source) -> list[str]:
+    """Lines that put the adapter on its base and answer a prompt."""
     live_memory = config.adapter.kind == "queryable" and config.export.format == "live"
     bits = BITS.get(config.quantization.kind, "").format(double=config.quantization.double_quant)
     lines = ["from peft import PeftModel"]
@@ -89,9 +126,22 @@ def loading(config: Config, source: Source) -> str:
     lines.append("")
     quantised = f", quantization_config={bits}" if bits else ""
     lines.append(f"base = AutoModelForCausalLM.from_pretrained({base_argument(source)}{quantised})")
-    lines.append('model = PeftModel.from_pretrained(base, "THIS_FOLDER")')
+    lines.append('model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()')
     lines.append('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")')
-    return code(*lines)
+    prior = config.adapter.instruction_prior if isinstance(config.adapter, QueryableConfig) else 0.0
+    instructed = live_memory and prior > 0
+    return lines + answering("qmemtune.adapters.InstructionSource(model, tokenizer)" if instructed else None)
+
+
+def answering(instructions: str | None = None) -> list[str]:
+    """Lines that answer a prompt."""
+    generate = "output = model.generate(**inputs, max_new_tokens=64)"
+    lines = ['inputs = tokenizer("YOUR PROMPT", return_tensors="pt")']
+    if instructions is None:
+        lines.append(generate)
+    else:
+        lines += [f'with {instructions}.context(["YOUR INSTRUCTION"]):', f"    {generate}"]
+    return [*lines, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
 
 
 def base_argument(source: Source) -> str:

@@ -17,6 +17,7 @@ from qmemtune.evaluation.evaluate import EvalProgress
 from qmemtune.evaluation.forward import one_for_all
 from qmemtune.evaluation.verb import Measured, by_itself, evaluate_pair, measure, prefixed, side_by_side
 from qmemtune.export.marker import MARKER, read_marker
+from qmemtune.export.pin import check_base
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.models.loading import load_base, load_tokenizer
 
@@ -31,6 +32,8 @@ class Exported:
     """Base model, quantisation, rows and evaluation: the marker's, with overrides on top."""
     base: str
     """The base's name, to show."""
+    base_sha256: str | None
+    """Digest of a local base's weights."""
     base_known: bool
     """Whether the config names the base: a local one has no place in a marker, and must be given."""
 
@@ -76,7 +79,8 @@ def open_exported(folder: Path, overrides: Sequence[str]) -> Exported:
         raise UserError(f"not the marker of an exported folder ({error})", where=str(file)) from error
     composed = compose(overrides, base=plain_text(start), base_name=str(file))
     given = composed.provenance["model.path"] != str(file)
-    found = Exported(folder, form, composed, composed.config.model.path if given else name, given or not local)
+    base = composed.config.model.path if given else name
+    found = Exported(folder, form, composed, base, origin.get("sha256") if local else None, given or not local)
     if not found.base_known and form != "merged":
         raise UserError(
             f"this adapter's base, {name}, was a local model, whose place is not recorded",
@@ -128,6 +132,7 @@ def evaluate_exported(
             )
         report = evaluate_merged(exported, config, say=say, progress=progress)
     else:
+        check_base(config.model, exported.base_sha256, folder)
         live = load_adapted(folder, config)
         report = evaluate_pair(
             live.model,

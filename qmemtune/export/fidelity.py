@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from qmemtune.config.schema import ExportConfig
 from qmemtune.data.collate import Collator
@@ -24,6 +24,56 @@ from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
 
 FILE = "fidelity.json"
+
+
+class Comparison:
+    """Sums of the differences between two models, position by position."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._largest, self._tokens = 0.0, 0
+
+    def add(self, live: Tensor, exported: Tensor, target: Tensor) -> None:
+        """Take in some positions.
+
+        Args:
+            live: log-probabilities over the vocabulary, (n, V), fp32.
+            exported: the other model's.
+            target: the tokens that come next, (n,).
+        """
+        divergence = F.kl_div(exported, live, reduction="none", log_target=True).sum(dim=-1)
+        self._largest = max(self._largest, divergence.max().item())
+        self._tokens += len(target)
+        self._sums += torch.stack(
+            [
+                F.nll_loss(live, target, reduction="sum"),
+                F.nll_loss(exported, target, reduction="sum"),
+                divergence.sum(),
+                (live.argmax(dim=-1) == exported.argmax(dim=-1)).sum().float(),
+            ]
+        ).cpu()
+
+    def result(self, rows: int) -> dict[str, Any]:
+        """What :func:`fidelity` returns.
+
+        Raises:
+            ValueError: there were no positions.
+        """
+        if not self._tokens:
+            raise ValueError("no labelled position to compare at")
+        loss_live, loss_exported, kl, same = (self._sums / self._tokens).tolist()
+        return {
+            "loss_live": loss_live,
+            "loss_exported": loss_exported,
+            "perplexity_live": perplexity(loss_live),
+            "perplexity_exported": perplexity(loss_exported),
+            # Rounding can bring the sum of many tiny terms below zero, which a divergence never is.
+            "kl_mean": max(kl, 0.0),
+            "kl_max": self._largest,
+            "same_token": same,
+            "rows": rows,
+            "tokens": self._tokens,
+        }
 
 
 def fidelity(
@@ -50,7 +100,7 @@ def fidelity(
     """
     collate = Collator(live.tokenizer.pad_token_id)
     cast = partial(autocast, live.device, live.dtype)
-    sums, largest, tokens = torch.zeros(4, dtype=torch.float64), 0.0, 0
+    comparison = Comparison()
     with ExitStack() as stack:
         for model in (live.model, exported):
             stack.enter_context(undisturbed(model))
@@ -64,34 +114,9 @@ def fidelity(
             of_exported = label_logprobs(exported, batch, source=source, autocast=cast)
             start = 0
             for p, q in zip(of_live, of_exported, strict=True):
-                target = targets[start : start + len(p)]
-                divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
-                largest = max(largest, divergence.max().item())
-                sums += torch.stack(
-                    [
-                        F.nll_loss(p, target, reduction="sum"),
-                        F.nll_loss(q, target, reduction="sum"),
-                        divergence.sum(),
-                        (p.argmax(dim=-1) == q.argmax(dim=-1)).sum().float(),
-                    ]
-                ).cpu()
+                comparison.add(p, q, targets[start : start + len(p)])
                 start += len(p)
-            tokens += len(targets)
-    if not tokens:
-        raise ValueError("no labelled position to compare at")
-    loss_live, loss_exported, kl, same = (sums / tokens).tolist()
-    return {
-        "loss_live": loss_live,
-        "loss_exported": loss_exported,
-        "perplexity_live": perplexity(loss_live),
-        "perplexity_exported": perplexity(loss_exported),
-        # Rounding can bring the sum of many tiny terms below zero, which a divergence never is.
-        "kl_mean": max(kl, 0.0),
-        "kl_max": largest,
-        "same_token": same,
-        "rows": len(rows),
-        "tokens": tokens,
-    }
+    return comparison.result(len(rows))
 
 
 def too_far(found: Mapping[str, Any], config: ExportConfig) -> list[str]:

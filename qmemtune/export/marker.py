@@ -21,7 +21,7 @@ def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, 
         source: the base model's.
         result: what the export reports; its ``path`` is left out.
     """
-    kept = ("format", "exact", "note", "forced", "dtype", "fidelity", "calibration", "distillation")
+    kept = ("format", "exact", "note", "forced", "dtype", "fidelity", "calibration", "distillation", "gguf")
     return {
         "qmemtune": __version__,
         **{key: result[key] for key in kept if key in result},
@@ -31,6 +31,8 @@ def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, 
             # Such a name alone does not find the model again.
             "local": source.is_local and not source.origin.startswith(PACKAGE),
             "compute_dtype": config.model.compute_dtype,
+            # A hub's model is pinned by its commit; a local one by its weights, where the export needs them.
+            **({"sha256": result["base_sha256"]} if result.get("base_sha256") else {}),
         },
         "quantization": asdict(config.quantization),
         "adapter": public(asdict(config.adapter)),

@@ -1,0 +1,169 @@
+"""What goes out of the house: cards whose code runs, GGUF files, uploads."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.engine.restore import load_run
+from qmemtune.errors import RunFailed, UserError
+from qmemtune.export import export_run
+from qmemtune.export.evaluation import open_exported
+from qmemtune.export.hub import push
+from qmemtune.export.pin import check_base
+
+MEMORY = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2, temperature=9.0, init_core_std=1.0)
+PRIOR = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2, instruction_prior=1.0)
+IDS = torch.arange(10, 40).view(2, 15)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "format"), [(MEMORY, "live"), (PRIOR, "live"), (MEMORY, "lora"), (LoraConfig(r=4), "merged")]
+)
+def test_the_code_of_a_card_runs(make_run, capsys, adapter, format: str) -> None:
+    run, config = make_run(adapter, format=format)
+    folder = Path(export_run(run, config)["path"])
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    program = card.split("```python\n")[1].split("```")[0]
+    assert len([line for line in program.splitlines() if line]) <= 11
+    program = program.replace("THIS_FOLDER", str(folder)).replace("YOUR PROMPT", "Say fox").replace("=64", "=4")
+    program = program.replace(f'"{Path(config.model.path).name}"', repr(config.model.path))
+    names: dict = {}
+    exec(program, names)
+    assert capsys.readouterr().out
+    if format == "live":
+        expected = load_run(run, config).model
+        with torch.no_grad():
+            assert torch.equal(names["model"](IDS).logits, expected(IDS).logits)
+
+
+def test_transformers_alone_loads_the_live_model(make_run) -> None:
+    run, config = make_run(MEMORY, format="live")
+    folder = export_run(run, config)["path"]
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    base.load_adapter(folder)
+    with torch.no_grad():
+        assert torch.equal(base.eval()(IDS).logits, load_run(run, config).model(IDS).logits)
+
+
+def test_a_local_base_is_pinned_by_its_weights(make_run, base_folder) -> None:
+    run, config = make_run(MEMORY, format="live")
+    result = export_run(run, config)
+    folder = Path(result["path"])
+    assert result["base_sha256"] in (folder / "README.md").read_text()
+    exported = open_exported(folder, [f"model.path={config.model.path}", f"data.path={config.data.path}"])
+    check_base(exported.config.model, exported.base_sha256, folder)
+    other = open_exported(folder, [f"model.path={base_folder('qwen3')}", f"data.path={config.data.path}"])
+    with pytest.raises(UserError, match="other weights"):
+        check_base(other.config.model, other.base_sha256, folder)
+
+
+def fake_converter(folder: Path, program: str) -> None:
+    file = folder / "convert_hf_to_gguf.py"
+    file.write_text(f"#!{sys.executable}\nimport sys\n{program}\n")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+
+WRITES = "open(sys.argv[sys.argv.index('--outfile') + 1], 'w').write(sys.argv[sys.argv.index('--outtype') + 1])"
+
+
+def test_gguf_through_the_converter_that_is_installed(make_run, tmp_path: Path, monkeypatch) -> None:
+    run, config = make_run(LoraConfig(r=4), gguf="q8_0")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    with pytest.raises(UserError, match="not installed") as caught:
+        export_run(run, config)
+    assert "llama.cpp" in caught.value.findings[0].fix
+    assert not run.export.exists()
+    fake_converter(tmp_path, WRITES)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    result = export_run(run, config)
+    assert result["gguf"] == {"file": "model-q8_0.gguf", "fidelity": None}
+    assert (Path(result["path"]) / "model-q8_0.gguf").read_text() == "q8_0"
+    assert "llama-cli -m THIS_FOLDER/model-q8_0.gguf" in (Path(result["path"]) / "README.md").read_text()
+    fake_converter(tmp_path, "sys.exit('no such architecture')")
+    config.export.force = True
+    with pytest.raises(RunFailed, match="no such architecture"):
+        export_run(run, config)
+    assert (Path(result["path"]) / "model-q8_0.gguf").exists()
+
+
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+def test_a_gguf_file_is_measured_through_the_binding(make_run, tmp_path: Path, monkeypatch, noise: float) -> None:
+    run, config = make_run(LoraConfig(r=4), gguf="f32", max_kl=0.01)
+    fake_converter(tmp_path, WRITES)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+
+    class Llama:
+        """As the binding's: one row of logits a token."""
+
+        def __init__(self, model_path: str, n_ctx: int, logits_all: bool, verbose: bool) -> None:
+            self.model = AutoModelForCausalLM.from_pretrained(Path(model_path).parent)
+            self.scores = np.zeros((n_ctx, self.model.config.vocab_size), dtype=np.float32)
+
+        def reset(self) -> None:
+            self.scores[:] = 0
+
+        def eval(self, tokens: list[int]) -> None:
+            with torch.no_grad():
+                logits = self.model(torch.tensor([tokens])).logits[0]
+            generator = torch.Generator().manual_seed(0)
+            self.scores[: len(tokens)] = logits + noise * torch.randn(logits.shape, generator=generator)
+
+    monkeypatch.setattr("qmemtune.export.gguf.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    if noise:
+        with pytest.raises(RunFailed, match=r"mean KL .* above export\.max_kl"):
+            export_run(run, config)
+        assert list(run.export.iterdir()) == []
+        return
+    found = export_run(run, config)
+    assert found["gguf"]["fidelity"]["kl_mean"] < 1e-6
+    report = json.loads((Path(found["path"]) / "fidelity.json").read_text())
+    assert report["gguf"]["fidelity"]["rows"] == 6
+
+
+class FakeHub:
+    """The hub's client, as far as an upload needs it."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.calls = fails, {}
+
+    def create_repo(self, repo_id: str, **options: object) -> SimpleNamespace:
+        self.calls["create_repo"] = (repo_id, options)
+        return SimpleNamespace(repo_id=f"me/{repo_id}", __str__=lambda self: "https://hub/me")
+
+    def upload_folder(self, **options: object) -> None:
+        if self.fails:
+            raise OSError("no way")
+        self.calls["upload_folder"] = options | {"files": sorted(os.listdir(str(options["folder_path"])))}
+
+
+def test_uploads_are_private_by_default(make_run, monkeypatch) -> None:
+    run, config = make_run(LoraConfig(r=4), format="live", push_to_hub="tuned", license="apache-2.0")
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    hub = FakeHub()
+    monkeypatch.setattr("qmemtune.export.hub.HfApi", lambda: hub)
+    folder = Path(export_run(run, config)["path"])
+    assert hub.calls["create_repo"] == ("tuned", {"private": True, "exist_ok": True})
+    assert hub.calls["upload_folder"]["repo_id"] == "me/tuned"
+    assert {"README.md", "adapter_model.safetensors", "fidelity.json"} <= set(hub.calls["upload_folder"]["files"])
+    assert "\nlicense: apache-2.0\n" in (folder / "README.md").read_text()
+    for file in folder.iterdir():
+        assert b"hf_secret" not in file.read_bytes()
+    config.export.push_public = True
+    push(folder, config.export, hub)
+    assert hub.calls["create_repo"][1]["private"] is False
+    with pytest.raises(RunFailed, match="on disk, but was not uploaded"):
+        push(folder, config.export, FakeHub(fails=True))
+    assert AutoTokenizer.from_pretrained(folder)
