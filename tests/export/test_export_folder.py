@@ -42,7 +42,8 @@ def test_marker_and_card(make_run) -> None:
     assert marker["exact"] is False
     assert marker["fidelity"] == result["fidelity"]
     name = Path(config.model.path).name
-    assert marker["base"] == {"source": name, "revision": None, "local": True, "compute_dtype": "float32"}
+    expected = {"source": name, "revision": None, "local": True, "compute_dtype": "float32"}
+    assert marker["base"] == expected | {"sha256": result["base_sha256"]}
     assert marker["data"]["path"] == "rows.jsonl"
     assert marker["data"]["eval_fraction"] == 0.3
     assert marker["adapter"]["kind"] == "queryable"
