@@ -290,8 +290,9 @@ class EvaluationConfig:
 class ExportConfig:
     """What `qmemtune merge-export` writes."""
 
-    format: Literal["merged", "lora", "live"] = "merged"
-    """merged: a plain Hugging Face folder; lora: a standard PEFT LoRA; live: the adapter as trained (always exact)."""
+    format: Literal["merged", "lora", "live", "adapter"] = "merged"
+    """merged: a plain Hugging Face folder; lora: a standard PEFT LoRA; live, also called adapter: the adapter as
+    trained (always exact)."""
     path: str | None = None
     """Destination folder; if not set, export/<format> in the run folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -333,6 +334,11 @@ class ExportConfig:
     """Make a new repository public; private if not."""
     force: bool = False
     """Replace an earlier export, and keep one that is too far from the live model (its card says so)."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the export is the adapter as trained."""
+        return self.format in ("live", "adapter")
 
 
 @dataclass

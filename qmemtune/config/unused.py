@@ -125,7 +125,7 @@ def _evaluation(c: Config) -> dict[str, str]:
 def _export(c: Config) -> dict[str, str]:
     reasons, export = {}, c.export
     quantised = c.quantization.kind != "none"
-    folded = isinstance(c.adapter, QueryableConfig) and export.format != "live"
+    folded = isinstance(c.adapter, QueryableConfig) and not export.is_live
     if export.format != "merged":
         reasons["export.dtype"] = reasons["export.base"] = f"export.format is {export.format}"
         reasons["export.gguf"] = f"export.format is {export.format}"

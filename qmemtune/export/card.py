@@ -17,6 +17,7 @@ FORMS = {
     "merged": "a complete model; the update is part of its weights",
     "lora": "a standard PEFT LoRA adapter",
     "live": "the exact, input-dependent model: the adapter as trained, a PEFT folder",
+    "adapter": "the exact, input-dependent model: the adapter as trained, a PEFT folder",
 }
 METHODS = {
     "lora": "LoRA through PEFT.",
@@ -115,7 +116,7 @@ def rank_of(config: Config) -> int:
 
 def adapter_loading(config: Config, source: Source) -> list[str]:
     """Lines that put the adapter on its base and answer a prompt."""
-    live_memory = config.adapter.kind == "queryable" and config.export.format == "live"
+    live_memory = config.adapter.kind == "queryable" and config.export.is_live
     bits = BITS.get(config.quantization.kind, "").format(double=config.quantization.double_quant)
     lines = ["from peft import PeftModel"]
     lines.append(

@@ -38,7 +38,7 @@ class Exactness:
 def exactness(config: Config, form: str) -> Exactness:
     """What a form of the export is, as far as the config tells."""
     quantised = config.quantization.kind != "none"
-    if form == "live":
+    if form in ("live", "adapter"):
         return Exactness("exact", "the adapter as trained")
     if config.adapter.kind == "queryable":
         return Exactness("approximate", ROUTED)

@@ -39,7 +39,7 @@ class Export:
     @property
     def folds(self) -> bool:
         """Whether routing has to be replaced by static updates."""
-        return self.config.adapter.kind == "queryable" and self.form != "live"
+        return self.config.adapter.kind == "queryable" and not self.config.export.is_live
 
     @property
     def live(self) -> LoadedRun:

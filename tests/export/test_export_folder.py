@@ -18,7 +18,7 @@ MEMORY = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2)
 
 @pytest.mark.parametrize(
     ("adapter", "format"),
-    [(LoraConfig(r=4), "merged"), (LoraConfig(r=4), "live"), (MEMORY, "lora"), (MEMORY, "live")],
+    [(LoraConfig(r=4), "merged"), (LoraConfig(r=4), "live"), (MEMORY, "lora"), (MEMORY, "adapter")],
 )
 def test_no_file_names_a_place_on_this_machine(make_run, adapter, format: str, tmp_path: Path) -> None:
     run, config = make_run(adapter, kind="nf4", format=format)

@@ -80,4 +80,4 @@ def test_configs_of_earlier_versions_load(make_run, tmp_path: Path) -> None:
     text = to_yaml(config).replace("format: merged", "format: adapter").replace("force: false", "overwrite: true")
     (tmp_path / "config.yaml").write_text(text)
     export = load_resolved(tmp_path / "config.yaml", []).config.export
-    assert (export.format, export.force) == ("live", True)
+    assert (export.format, export.force, export.is_live) == ("adapter", True, True)
