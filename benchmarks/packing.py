@@ -48,7 +48,8 @@ def main() -> None:
     dtype = compute_dtype("auto", device)
     tokenizer = load_tokenizer(ModelConfig(path=args.model))
     columns = {"prompt_template": "Question: {question}\nAnswer: ", "completion_template": "{answer}"}
-    rows = prepare_data(DataConfig(path=args.rows, eval_fraction=0.0, max_length=args.packed, **columns), tokenizer).train
+    data = DataConfig(path=args.rows, eval_fraction=0.0, max_length=args.packed, **columns)
+    rows = prepare_data(data, tokenizer).train
     base = load_base(ModelConfig(path=args.model), QuantizationConfig(kind=args.quantization), device=device)
     model = apply_adapter(base, copy.deepcopy(LoraConfig(r=16)), seed=0).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
