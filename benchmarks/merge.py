@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from report import table, write_section
+
 SHAPES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary: Llama 3.1 8B, Llama 3.2 1B (head not tied)
     "8b": (4096, 14336, 32, 32, 8, 128256),
@@ -197,6 +199,7 @@ def measured(way: str, root: Path) -> dict[str, float]:
     )
     shutil.rmtree(root / WAYS[way][1], ignore_errors=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(way, found, file=sys.stderr, flush=True)
     return found
 
 
@@ -206,6 +209,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="a disk with room")
     parser.add_argument("--peft", action="store_true", help="measure PEFT too (holds the model in memory)")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="put the result into benchmarks/README.md")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
@@ -226,17 +230,22 @@ def main() -> None:
     finally:
         shutil.rmtree(root)
     largest = 2 * vocabulary * hidden
-    print(f"{args.shape}: {size / 1e9:.1f} GB, largest tensor {largest / 2**20:.0f} MiB, r={RANK} on all linear layers")
-    print("| round | way | seconds | ratio to cp | peak RssAnon above imports (MiB) | verification (s) |")
-    print("|---|---|---:|---:|---:|---:|")
+    lines = []
     for number, found in enumerate(rounds, 1):
         for way in ways:
             result = found[way]
             memory = f"{result['memory'] / 2**20:.0f}" if "memory" in result else ""
             verify = f"{result['verify']:.1f}" if "verify" in result else ""
-            ratio = result["seconds"] / found["cp"]["seconds"]
-            print(f"| {number} | {way} | {result['seconds']:.1f} | {ratio:.2f} | {memory} | {verify} |")
-    print(f"limit for RssAnon: {3 * largest / 2**20 + 200:.0f} MiB (three times the largest tensor and 200 MiB)")
+            ratio = f"{result['seconds'] / found['cp']['seconds']:.2f}"
+            lines.append([number, way, f"{result['seconds']:.1f}", ratio, memory, verify])
+    heads = ["round", "way", "seconds", "ratio to cp", "peak RssAnon above imports (MiB)", "verification (s)"]
+    text = (
+        f"{args.shape} shape, {size / 1e9:.1f} GB, largest tensor {largest / 2**20:.0f} MiB, r={RANK} on all linear"
+        f" layers; limit for RssAnon {3 * largest / 2**20 + 200:.0f} MiB.\n\n{table(heads, lines)}"
+    )
+    print(text)
+    if args.write:
+        write_section(f"Merging, {args.shape} shape", text)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,11 @@ ENOUGH = 0.02
 
 
 def distilled(
-    run: RunDir, live: LoadedRun, start: Mapping[str, FoldedLayer], data: PreparedData, progress: Progress
+    run: RunDir,
+    live: LoadedRun,
+    starts: Mapping[str, Mapping[str, FoldedLayer]],
+    data: PreparedData,
+    progress: Progress,
 ) -> tuple[dict[str, FoldedLayer], dict[str, Any]]:
     """Distil the live model into a static LoRA, through the training engine.
 
@@ -55,21 +59,27 @@ def distilled(
 
     Args:
         run: the run of the live model.
-        start: static factors to begin with.
+        starts: name of a fold -> its factors; the one with the lowest held-out KL is begun with.
         data: calibration rows; all in ``train``.
 
     Returns:
-        The factors, and ``steps``, ``kl_start``, ``kl`` (held-out, nats a token), ``rank``, ``rows``.
+        The factors, and ``start``, ``steps``, ``kl_start``, ``kl`` (held-out, nats a token), ``rank``, ``rows``.
 
     Raises:
         Interrupted: a signal stopped it; a checkpoint is saved.
     """
-    config = distillation_config(run, live, start)
+    config = distillation_config(live, next(iter(starts.values())))
     inner = RunDir(run.distilled / name_of(config, run))
     config.run_dir = str(inner.path)
-    task = Distillation(live, start, split(data), config)
-    facts: dict[str, Any] = {"rank": config.adapter.r, "rows": len(data.train)}
-    kl_start = task.kl()
+    task = Distillation(live, split(data), config)
+    found = {}
+    for name, factors in starts.items():
+        task.begin_with(factors)
+        found[name] = task.kl()
+    best = min(found, key=lambda name: found[name])
+    kl_start = found[best]
+    task.begin_with(starts[best])
+    facts: dict[str, Any] = {"rank": config.adapter.r, "rows": len(data.train), "start": best}
     if kl_start <= ENOUGH * live.config.export.max_kl:
         progress.message(f"the fold is close enough as it is (held-out KL {kl_start:.2e}): nothing is distilled")
         return task.factors(), {**facts, "steps": 0, "kl_start": kl_start, "kl": kl_start}
@@ -91,14 +101,14 @@ def distilled(
                 fix="give the same command again: the distillation goes on",
                 signum=error.exit_code - 128,
             ) from None
-    factors = {
+    trained = {
         path: FoldedLayer(update.lora_A, update.lora_B, update.scaling)
         for path, update in read_updates(inner.adapter).items()
     }
-    return factors, {**facts, "steps": summary["final_step"], "kl_start": kl_start, "kl": summary["best_loss"]}
+    return trained, {**facts, "steps": summary["final_step"], "kl_start": kl_start, "kl": summary["best_loss"]}
 
 
-def distillation_config(run: RunDir, live: LoadedRun, start: Mapping[str, FoldedLayer]) -> Config:
+def distillation_config(live: LoadedRun, start: Mapping[str, FoldedLayer]) -> Config:
     """The config of the training run that distils."""
     config, export = live.config, live.config.export
     scaling = next(iter(start.values())).scaling
@@ -152,29 +162,33 @@ class Distillation(LanguageTask):
 
     Args:
         live: the teacher; its base weights are the student's, too.
-        start: the student's first factors.
         data: rows to train on, and held-out ones.
         config: of the distillation.
     """
 
-    def __init__(self, live: LoadedRun, start: Mapping[str, FoldedLayer], data: PreparedData, config: Config) -> None:
+    def __init__(self, live: LoadedRun, data: PreparedData, config: Config) -> None:
         self.live = live
         set_seed(config.seed)
         base = load_base(config.model, config.quantization, device=live.device)
         share_weights(base, live.model.get_base_model())
         student = apply_adapter(base, config.adapter, seed=config.seed)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.paths = list(start)
-        with torch.no_grad():
-            for path, layer in start.items():
-                fitted = resized(layer, config.adapter.r, generator=generator)
-                target: Any = base.get_submodule(path)
-                target.lora_A["default"].weight.copy_(fitted.lora_A)
-                target.lora_B["default"].weight.copy_(fitted.lora_B)
+        self.paths: list[str] = []
+        self.rank, self.seed = config.adapter.r, config.seed
         super().__init__(student, live.tokenizer, data, config, device=live.device, dtype=live.dtype)
         self._reader = LabelReader(live.model, source=live.source, autocast=self._autocast)
         self._taught: LabelledLogits | None = None
         self.labelled_loss = LabelledLoss(student, loss_of=self._divergence)
+
+    def begin_with(self, start: Mapping[str, FoldedLayer]) -> None:
+        """Set the student's factors."""
+        generator = torch.Generator().manual_seed(self.seed)
+        base, self.paths = self.model.get_base_model(), list(start)
+        with torch.no_grad():
+            for path, layer in start.items():
+                fitted = resized(layer, self.rank, generator=generator)
+                target: Any = base.get_submodule(path)
+                target.lora_A["default"].weight.copy_(fitted.lora_A)
+                target.lora_B["default"].weight.copy_(fitted.lora_B)
 
     def _autocast(self) -> Any:
         return autocast(self.device, self.dtype)

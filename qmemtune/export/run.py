@@ -92,7 +92,9 @@ def write(job: Export, folder: Path) -> None:
         if config.export.fold == "distill":
             start = time.perf_counter()
             rows = calibration_data(job, config.export.distill_rows)
-            folded, result["distillation"] = distilled(job.run, job.live, folded, rows, job.progress)
+            # Neither fold is always the nearer one: errors of one layer change the inputs of the next.
+            starts = {"least_squares": folded, "mean": folded_layers(job.live, calibration, "mean")}
+            folded, result["distillation"] = distilled(job.run, job.live, starts, rows, job.progress)
             job.seconds["distill"] = time.perf_counter() - start
         base = job.live.model.get_base_model()
         write_folded_lora(lora, base, folded, job.source, dropout=config.adapter.dropout)
