@@ -22,8 +22,8 @@ from qmemtune.models.layout import Layout, read_layout
 from qmemtune.models.round_trip import RoundTrip
 from qmemtune.models.sources import Source
 
-PIECE = 1 << 22
-"""Values in work at once."""
+PIECE = 1 << 19
+"""Values in work at once: few enough to stay in a processor's cache from reading to writing."""
 SLACK = 64 << 20
 """Bytes that must stay free on the disk: for tokenizer, card and the file system's own."""
 

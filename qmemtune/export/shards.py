@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 1 << 24
 """Bytes read back at once."""
+AHEAD = 1 << 27
+"""Bytes that the disk reads ahead."""
+FLUSH = 1 << 27
+"""Bytes after which writing to the disk is begun: else all of a file would wait for its end."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class MappedShard:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._map.madvise(mmap.MADV_SEQUENTIAL)
         self._tensors = {tensor.name: tensor for tensor in shard.tensors}
+        self._fetched = 0
 
     def view(self, name: str) -> Tensor:
         """A tensor as the file holds it. It must not be changed."""
@@ -133,9 +139,18 @@ class MappedShard:
         count = prod(stored.shape)
         if count == 0:
             return torch.empty(stored.shape, dtype=stored.dtype)
+        self._fetch(stored.begin, stored.end + AHEAD)
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=stored.end - stored.begin, offset=stored.begin)
         # A file may begin a tensor at any byte.
         return aligned(raw, stored.dtype).view(stored.shape)
+
+    def _fetch(self, begin: int, end: int) -> None:
+        """Have the disk read what is needed now and next, while what is there is worked on."""
+        begin = max(begin, self._fetched) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(end, len(self._map))
+        if end > begin and hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+            self._fetched = end
 
 
 def aligned(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,13 +180,20 @@ def write_shard(path: Path, metadata: dict[str, str], tensors: Sequence[Planned]
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     sums: dict[str, int] = {}
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as flusher:
         file.write(struct.pack("<Q", len(header)) + header)
 
+        flushing: Future[None] | None = None
+        waiting = 0
+
         def write(name: str, piece: Tensor) -> None:
+            nonlocal flushing, waiting
             values: Any = piece.reshape(-1).view(torch.uint8).numpy()
             sums[name] = zlib.crc32(values, sums.get(name, 0))
-            file.write(values)
+            write_all(file, values)
+            waiting += values.nbytes
+            if waiting >= FLUSH and (flushing is None or flushing.done()):
+                flushing, waiting = flusher.submit(os.fsync, file.fileno()), 0
 
         pending: Future[None] | None = None
         for tensor in tensors:
@@ -182,9 +204,15 @@ def write_shard(path: Path, metadata: dict[str, str], tensors: Sequence[Planned]
                 pending = writer.submit(write, tensor.name, piece)
         if pending is not None:
             pending.result()
-        file.flush()
         os.fsync(file.fileno())
     return sums
+
+
+def write_all(file: RawIOBase, values: Any) -> None:
+    """Write all bytes: an unbuffered file may take fewer at a time."""
+    left = memoryview(values)
+    while left:
+        left = left[file.write(left) :]
 
 
 def verify_shard(path: Path, tensors: Iterable[Planned], sums: dict[str, int]) -> None:
