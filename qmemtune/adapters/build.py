@@ -116,8 +116,13 @@ def target_modules(config: AdapterConfig, model: nn.Module) -> str | list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != PLAIN_HEAD]
 
 
-def check_targets(model: nn.Module, config: AdapterConfig) -> None:
+def check_targets(model: nn.Module, config: AdapterConfig, *, quantised: bool | None = None) -> None:
     """Find target names and layer indices that match nothing.
+
+    Args:
+        model: the base, with or without weights.
+        config: the adapter's options.
+        quantised: whether the base is or will be quantised; what the model itself says if not given.
 
     Raises:
         UserError: with every such name and the nearest one that exists.
@@ -137,7 +142,8 @@ def check_targets(model: nn.Module, config: AdapterConfig) -> None:
         if layers is not None and not 0 <= index < layers:
             problem = f"there is no decoder layer {index}: the model has {layers}"
             findings.append(Finding(problem, "adapter.layers_to_transform", f"use indices from 0 to {layers - 1}"))
-    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if quantised is None:
+        quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     if isinstance(config, LoraConfig) and quantised and config.init in ("pissa", "olora"):
         problem = f"init {config.init} changes the base's weights, which a quantised base does not allow"
         findings.append(Finding(problem, "adapter.init", "use adapter.init=default or quantization=none"))

@@ -12,6 +12,8 @@ import typer
 import qmemtune
 from qmemtune.cli.config import config
 from qmemtune.cli.data import data
+from qmemtune.cli.doctor import doctor
+from qmemtune.cli.estimate import estimate
 from qmemtune.cli.evaluate import evaluate
 from qmemtune.cli.generate import generate
 from qmemtune.cli.inspect import inspect
@@ -37,6 +39,8 @@ app.command("merge-export")(merge_export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("study")(study)
+app.command("doctor")(doctor)
+app.command("estimate")(estimate)
 app.command("recipes")(recipes)
 app.command("config")(config)
 

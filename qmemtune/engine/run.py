@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from qmemtune.adapters import check_method, describe
+from qmemtune.adapters import describe
 from qmemtune.config.compose import Composed
 from qmemtune.config.dump import to_yaml
 from qmemtune.config.schema import Config
@@ -23,8 +22,11 @@ from qmemtune.engine.environment import describe_environment, peak_rss_mib, seco
 from qmemtune.engine.folder import Opened, open_run, resume_command
 from qmemtune.engine.heldout import HeldOut
 from qmemtune.engine.interrupt import Interrupted, StopRequest, listening
+from qmemtune.engine.memory.exhausted import memory_errors_explained
+from qmemtune.engine.memory.fit import Memory, capacity
 from qmemtune.engine.metrics_log import JsonLines, plain
 from qmemtune.engine.parallel import from_first
+from qmemtune.engine.preflight import is_sharded, preflight
 from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.engine.resume import check_resumable
 from qmemtune.engine.setup import build
@@ -32,8 +34,9 @@ from qmemtune.engine.shared import Loads
 from qmemtune.engine.steps import StepCount, count_steps
 from qmemtune.engine.task import Task
 from qmemtune.engine.totals import Totals
-from qmemtune.engine.tracking import check_backends, use_folder
+from qmemtune.engine.tracking import use_folder
 from qmemtune.engine.trainer import Parts, RunTrainer
+from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.rundir import RunDir, write_json
 
@@ -64,32 +67,36 @@ def train(
         Interrupted: a signal stopped the run; a checkpoint is saved.
     """
     config = composed.config
-    refuse_data_parallel()
-    check_backends(config.tracking)
-    notes = check_method(config.adapter)
+    loads = loads or Loads()
     device = pick_device()
-    dtype = compute_dtype(config.model.compute_dtype, device)
+    try:
+        refuse_data_parallel()
+        dtype = compute_dtype(config.model.compute_dtype, device)
+    except UserError:
+        # Trainer's arguments cannot be made; whatever else is wrong is told together with this.
+        preflight(config, device=device, loads=loads)
+        raise
     args = training_arguments(config, device=device, dtype=dtype)
     first = args.process_index == 0
     if progress is None or not first:
         progress = SilentProgress()
-    opened = from_first(lambda: open_run(config), args)
-    run = opened.run
-    for note in [*notes, *opened.notes]:
+    checked = None
+    if make_task is None:
+        checked = preflight(
+            config, device=args.device, args=args, write_rejected=first, loads=loads, progress=progress.rows
+        )
+    opened = from_first(lambda: open_run(config), args) if checked is None else checked.opened
+    run, memory = opened.run, checked.memory if checked else None
+    for note in opened.notes if checked is None else checked.notes:
         progress.message(note)
     if first:
         open_folder(opened, composed, args)
-    if make_task is not None:
-        task = make_task(args, dtype)
-    else:
-        task = build(
-            config,
-            args,
-            dtype=dtype,
-            rejected=run.rejected if first else None,
-            loads=loads or Loads(),
-            progress=progress.rows,
-        )
+    with memory_errors_explained(memory, lambda: capacity(args.device)):
+        if make_task is not None:
+            task = make_task(args, dtype)
+        else:
+            assert checked is not None
+            task = build(config, args, checked=checked, loads=loads)
     if first:
         run.config.write_text(to_yaml(task.resolved(config)), encoding="utf-8")
     for line in [*task.report.lines(), *task.notes(args.world_size)]:
@@ -112,7 +119,8 @@ def train(
             },
         )
         try:
-            go(trainer, task, opened)
+            with memory_errors_explained(memory, lambda: capacity(args.device)):
+                go(trainer, task, opened)
         finally:
             progress.finish()
         if trainer.interrupted:
@@ -123,7 +131,7 @@ def train(
                 signum=stop.signum or 15,
             )
     save_adapter(trainer, task, run)
-    summary = summarise(trainer, task, run)
+    summary = summarise(trainer, task, run, memory)
     if first:
         write_json(run.summary, summary)
     if args.world_size > 1:
@@ -189,13 +197,6 @@ def make_trainer(
     return RunTrainer(args, parts)
 
 
-def is_sharded(args: TrainingArguments) -> bool:
-    """Whether FSDP or DeepSpeed hold the weights and write checkpoints in their own way."""
-    return bool(args.fsdp or args.deepspeed) or any(
-        os.environ.get(name, "").lower() == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    )
-
-
 def go(trainer: RunTrainer, task: Task, opened: Opened) -> None:
     """Train, or, when the checkpoint holds the last step already, only load it and finish."""
     if opened.checkpoint is None:
@@ -225,7 +226,7 @@ def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def summarise(trainer: RunTrainer, task: Task, run: RunDir) -> dict[str, Any]:
+def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | None) -> dict[str, Any]:
     """What ``train`` reports."""
     totals, first_step = trainer.parts.totals, trainer.first_step_done_s
     return plain(
@@ -242,6 +243,7 @@ def summarise(trainer: RunTrainer, task: Task, run: RunDir) -> dict[str, Any]:
             "first_step_done_s": first_step,
             "total_s": round(seconds_since_start(), 3),
             "peak_rss_mib": round(peak_rss_mib(), 1),
+            "memory_estimate": memory.estimate.as_dict() if memory else None,
             "stopped_early": trainer.stopped_early,
             "router_collapsed_at_step": trainer.router.collapsed_at_step,
             "best_step": trainer.parts.best.step,

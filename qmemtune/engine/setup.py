@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from qmemtune.adapters import apply_adapter
-from qmemtune.config.checks import is_regression
 from qmemtune.config.schema import Config
-from qmemtune.data.prepare import Progress, prepare_data, silent
-from qmemtune.data.regression import prepare_regression
+from qmemtune.data.regression import RegressionData
 from qmemtune.engine.language import LanguageTask
+from qmemtune.engine.preflight import Checked
 from qmemtune.engine.regression import RegressionTask, regression_base
 from qmemtune.engine.shared import Loads
 from qmemtune.engine.task import Task
-from qmemtune.models.loading import load_base, load_tokenizer
+from qmemtune.models.loading import load_base
 
 
-def build(
-    config: Config,
-    args: TrainingArguments,
-    *,
-    dtype: torch.dtype,
-    rejected: Path | None,
-    loads: Loads,
-    progress: Progress = silent,
-) -> Task:
-    """Load everything a run needs.
+def build(config: Config, args: TrainingArguments, *, checked: Checked, loads: Loads) -> Task:
+    """Load the base model of a run that has been checked, and join it with adapter and rows.
 
     Args:
         config: the run.
         args: says which process this is, and its device; the first process of a machine fills caches before the
             others read them.
-        dtype: of the arithmetic.
-        rejected: where to write unusable rows; None in the processes that write nothing.
+        checked: the run's rows and data type.
         loads: what earlier runs loaded.
-        progress: is told how far the rows are.
     """
-    if is_regression(config):
-        return build_regression(config, args, dtype=dtype, loads=loads)
-    with args.main_process_first(desc="data"):
-        tokenizer = loads.same("tokenizer", config.model, lambda: load_tokenizer(config.model))
-        data = loads.same(
-            "data",
-            (config.model, config.data),
-            lambda: prepare_data(config.data, tokenizer, rejected_path=rejected, progress=progress),
-        )
+    data, tokenizer, dtype = checked.rows.prepared, checked.rows.tokenizer, checked.dtype
+    if isinstance(data, RegressionData):
+        return build_regression(config, args, data=data, dtype=dtype, loads=loads)
     # The adapter's first weights and every dropout follow from here.
     set_seed(config.seed, deterministic=config.trainer.deterministic)
     with args.main_process_first(desc="model"):
@@ -63,9 +44,10 @@ def build(
     return LanguageTask(model, tokenizer, data, config, device=args.device, dtype=dtype)
 
 
-def build_regression(config: Config, args: TrainingArguments, *, dtype: torch.dtype, loads: Loads) -> Task:
+def build_regression(
+    config: Config, args: TrainingArguments, *, data: RegressionData, dtype: torch.dtype, loads: Loads
+) -> Task:
     """The same for a regression on generated rows."""
-    data = prepare_regression(config)
     with args.main_process_first(desc="model"):
         base = loads.own_copy(
             "base", (config.model.mlp, data.functions.described), lambda: regression_base(config.model.mlp, data)

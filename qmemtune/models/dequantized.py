@@ -37,7 +37,7 @@ def dequantized_on_cpu(model: nn.Module, *, processes: int = 1) -> Iterator[int]
     """
     layers: list[Any] = [module for module in model.modules() if is_swappable(module)]
     needed = sum(layer.in_features * layer.out_features * copy_dtype(layer).itemsize for layer in layers)
-    if needed * processes > MEMORY_SHARE * psutil.virtual_memory().available:
+    if not copies_fit(needed, processes):
         layers, needed = [], 0
     for layer in layers:
         layer.forward = cached_forward(layer)
@@ -46,6 +46,11 @@ def dequantized_on_cpu(model: nn.Module, *, processes: int = 1) -> Iterator[int]
     finally:
         for layer in layers:
             del layer.forward
+
+
+def copies_fit(needed: float, processes: int = 1) -> bool:
+    """Whether copies of so many bytes a process may be made, by the memory that is free now."""
+    return needed * processes <= MEMORY_SHARE * psutil.virtual_memory().available
 
 
 def refuse_copies(model: nn.Module) -> None:

@@ -44,16 +44,21 @@ def _cpu_bf16_is_fast() -> bool:
     features = torch.cpu.get_capabilities()
     if not any(features.get(flag, False) for flag in CPU_BF16_FLAGS):
         return False
-    return _matmul_seconds(torch.bfloat16) <= _matmul_seconds(torch.float32)
+    return matmul_seconds(torch.bfloat16) <= matmul_seconds(torch.float32)
 
 
-def _matmul_seconds(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
+def matmul_seconds(
+    dtype: torch.dtype, device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Best of five products the size of a small model's projection, in seconds; some milliseconds in all."""
-    left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    left = torch.ones(256, 1024, dtype=dtype, device=device)
+    right = torch.ones(1024, 1024, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(6):  # the first one warms up; the best of all leaves it out by itself
         start = clock()
         torch.mm(left, right)
+        if left.is_cuda:
+            torch.cuda.synchronize(device)
         best = min(best, clock() - start)
     return best
 

@@ -103,12 +103,7 @@ def load_base(
     options: dict[str, Any] = {}
     with explained(source):
         own = _own_quantization(source, config)
-        if own is not None and bits is not None:
-            raise UserError(
-                f"{source.origin} is stored quantised already",
-                where="quantization.kind",
-                fix="use quantization=none to keep its own form",
-            )
+        refuse_second_quantization(source.origin, own, quantization)
         if config.attn_implementation is not None:
             options["attn_implementation"] = config.attn_implementation
         if bits is not None:
@@ -120,6 +115,22 @@ def load_base(
     if quantization.dequantized_copies == "never":
         refuse_copies(model)
     return model.requires_grad_(False).eval()
+
+
+def refuse_second_quantization(name: str, own: Any, quantization: QuantizationConfig) -> None:
+    """Raise UserError where a model whose files are quantised is to be quantised in another way.
+
+    Args:
+        name: the model's.
+        own: the quantisation in its config, or None.
+        quantization: what is asked for.
+    """
+    if own is not None and quantization.kind != "none":
+        raise UserError(
+            f"{name} is stored quantised already",
+            where="quantization.kind",
+            fix="use quantization=none to keep its own form",
+        )
 
 
 def refuse_stored_quantised(source: Source, config: Any) -> None:

@@ -68,6 +68,17 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True, whe
     return Source(path, revision, path)
 
 
+def stored_bytes(path: str) -> int | None:
+    """Size of a local model's files of weights; None where they are not here."""
+    try:
+        source = resolve(path, weights=False)
+    except UserError:
+        return None
+    if not source.is_local:
+        return None
+    return sum(file.stat().st_size for file in Path(source.location).glob("*.safetensors")) or None
+
+
 def _looks_local(path: str) -> bool:
     suffixes = (".gguf", ".safetensors", *PICKLED)
     return path.startswith((".", "~", "/")) or path.endswith(suffixes) or HUB_ID.fullmatch(path) is None

@@ -18,7 +18,7 @@ def forget() -> None:
 
 def test_auto_is_float32_without_bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    monkeypatch.setattr(hardware, "_matmul_seconds", lambda dtype: pytest.fail("measured without need"))
+    monkeypatch.setattr(hardware, "matmul_seconds", lambda dtype: pytest.fail("measured without need"))
     assert hardware.compute_dtype("auto", CPU) == torch.float32
 
 
@@ -27,7 +27,7 @@ def test_auto_measures_where_the_instructions_exist(
     monkeypatch: pytest.MonkeyPatch, bf16: float, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(hardware, "_matmul_seconds", lambda dtype: bf16 if dtype == torch.bfloat16 else 2.0)
+    monkeypatch.setattr(hardware, "matmul_seconds", lambda dtype: bf16 if dtype == torch.bfloat16 else 2.0)
     assert hardware.compute_dtype("auto", CPU) == expected
 
 

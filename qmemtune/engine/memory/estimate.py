@@ -1,0 +1,248 @@
+"""How much memory a run takes at its peak, by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from qmemtune.config.adapters import QueryableConfig
+from qmemtune.config.schema import Config
+from qmemtune.data.packing import PackedRows
+from qmemtune.data.rows import TokenRows
+from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
+from qmemtune.engine.memory.tracing import Traced, Tracer
+from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
+from qmemtune.models.dequantized import copies_fit
+from qmemtune.models.hardware import compute_dtype
+from qmemtune.models.sources import stored_bytes
+
+CUDA_RUNTIME = 600 * 2**20
+"""What CUDA's context and its libraries take of a GPU."""
+CUDA_FRAGMENTS = 1.03
+"""torch's allocator hands out whole blocks."""
+TRAINED_ITEMSIZE = 4
+"""Adapter weights and their gradients are float32."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The largest batch of a run."""
+
+    rows: int
+    tokens: int
+    """Of its longest row."""
+    labelled: int
+    """Tokens in the loss."""
+    accumulation: int = 1
+    """Batches in one optimizer step."""
+    checkpointing: bool = False
+
+    @classmethod
+    def of(cls, config: Config, made: TokenRows | PackedRows | None = None) -> Workload:
+        """That of a config.
+
+        Args:
+            config: the run.
+            made: its training rows as batches see them; all rows have data.max_length tokens if there are none.
+        """
+        rows = config.trainer.per_device_train_batch_size
+        tokens = config.data.max_length if made is None else max(made.lengths)
+        labelled = rows * tokens
+        if isinstance(made, TokenRows):
+            labelled = sum(sorted(made.loss_lengths, reverse=True)[:rows])
+        elif made is not None:
+            in_loss = made.rows.loss_lengths
+            labelled = sum(sorted((sum(in_loss[i] for i in pack) for pack in made.packs), reverse=True)[:rows])
+        return cls(
+            rows=rows,
+            tokens=tokens,
+            labelled=max(labelled, 1),
+            accumulation=config.trainer.gradient_accumulation_steps,
+            checkpointing=config.trainer.gradient_checkpointing,
+        )
+
+    def with_rows(self, rows: int) -> Workload:
+        """The same rows, fewer or more of them, in as many a step as before where that is possible."""
+        return replace(
+            self,
+            rows=rows,
+            labelled=max(self.labelled * rows // self.rows, 1),
+            accumulation=max(round(self.rows * self.accumulation / rows), 1),
+        )
+
+    def with_tokens(self, tokens: int) -> Workload:
+        """The same rows, cut to fewer tokens."""
+        return replace(self, tokens=tokens, labelled=max(self.labelled * tokens // self.tokens, 1))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak of training, by part; ``total`` is their sum."""
+
+    device: str
+    """cpu: resident memory of the process; cuda: memory of the GPU."""
+    workload: Workload
+    runtime: float
+    """Python and libraries (on a GPU: CUDA's context) before anything is loaded."""
+    base_weights: float
+    dequantized_copies: float
+    """Copies of 4-bit weights that make training on a CPU faster."""
+    adapter: float
+    gradients: float
+    optimizer_state: float
+    activations: float
+    logits: float
+    """At labelled positions, a chunk at a time, with what their loss makes of them; 0 where the peak is elsewhere."""
+    temporaries: float
+    """What else exists for a moment at the peak: dequantised weights, gradients of activations."""
+    peak_in: str
+    """Part of a step that takes most: forward, loss or backward."""
+    loading: float
+    """Resident memory at most while weights are read, with the pages of their files; not part of the total."""
+
+    PARTS = (
+        "runtime",
+        "base_weights",
+        "dequantized_copies",
+        "adapter",
+        "gradients",
+        "optimizer_state",
+        "activations",
+        "logits",
+        "temporaries",
+    )
+
+    @property
+    def total(self) -> float:
+        """Bytes at the peak of training."""
+        return float(sum(getattr(self, part) for part in self.PARTS))
+
+    @property
+    def peak(self) -> float:
+        """The process's largest resident memory: in training, or earlier, while weights were read."""
+        return max(self.total, self.loading)
+
+    def as_dict(self) -> dict[str, Any]:
+        """In MiB (2^20 bytes), rounded."""
+        return {
+            "device": self.device,
+            "workload": vars(self.workload),
+            "parts_mib": {part: mib(getattr(self, part)) for part in self.PARTS},
+            "total_mib": mib(self.total),
+            "peak_in": self.peak_in,
+            "loading_mib": mib(self.loading),
+            "peak_mib": mib(self.peak),
+        }
+
+
+def mib(size: float) -> float:
+    """Bytes in MiB."""
+    return round(size / 2**20, 1)
+
+
+class RunMemory:
+    """Estimates a run's memory for any batch.
+
+    Args:
+        config: the run.
+        device: where it trains.
+        runtime: resident memory without the model, bytes; that of this process now if not given.
+        weights: require that a local model folder holds the weights.
+        processes: of the run, on this machine.
+
+    Raises:
+        UserError: there is no such model, or it cannot have this adapter.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        *,
+        runtime: float | None = None,
+        weights: bool = True,
+        processes: int = 1,
+    ) -> None:
+        self.config, self.on_cpu = config, device.type == "cpu"
+        self.runtime = resident_bytes() if runtime is None else runtime
+        base = base_skeleton(config, weights=weights)
+        self.dtype = compute_dtype(config.model.compute_dtype, device)
+        quantization = config.quantization
+        quantised = quantised_layers(base, quantization)
+        self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
+        self.base_weights = base_bytes(base, quantised, quantization, self.dtype.itemsize)
+        self.stored = stored_bytes(config.model.path) or self.base_parameters * 2
+        copies = sum(layer.weight.numel() for layer in quantised) * self.dtype.itemsize
+        has_copies = (
+            self.on_cpu
+            and quantization.kind in ("nf4", "fp4")
+            and quantization.dequantized_copies == "auto"
+            and copies_fit(copies, processes)
+        )
+        self.copies = copies if has_copies else 0
+        own = {id(parameter) for parameter in base.parameters()}
+        self.model = adapted_skeleton(config, base)
+        added: list[nn.Parameter] = [p for p in self.model.parameters() if id(p) not in own]
+        self.adapter = sum(parameter.numel() for parameter in added) * TRAINED_ITEMSIZE
+        trained = [parameter for parameter in added if parameter.requires_grad]
+        self.gradients = sum(parameter.numel() for parameter in trained) * TRAINED_ITEMSIZE
+        self.optimizer_state = optimizer_bytes(trained, config.optimizer)
+        self._tracer = lambda: Tracer(
+            self.model,
+            dtype=self.dtype,
+            quantised=quantised,
+            quantization="none" if has_copies else quantization.kind,
+            on_cpu=self.on_cpu and config.model.attn_implementation is None,
+            unit=config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
+        )
+        self._made: Tracer | None = None
+        self._traced: dict[tuple[int, int, int, bool], Traced] = {}
+
+    def estimate(self, workload: Workload) -> Estimate:
+        """The peak with such batches."""
+        traced = self._trace(workload)
+        # In the forward pass gradients of earlier batches are there only while they are accumulated.
+        earlier = self.gradients if workload.accumulation > 1 else 0
+        phases = {
+            "forward": traced.forward + earlier,
+            "loss": traced.loss + earlier,
+            "backward": traced.backward + earlier,
+        }
+        peak_in = max(phases, key=lambda name: phases[name])
+        dynamic = max(phases[peak_in], traced.activations + self.gradients)
+        rest = dynamic - traced.activations - self.gradients
+        fragments = 1.0 if self.on_cpu else CUDA_FRAGMENTS
+        return Estimate(
+            device="cpu" if self.on_cpu else "cuda",
+            workload=workload,
+            runtime=self.runtime if self.on_cpu else CUDA_RUNTIME,
+            base_weights=self.base_weights,
+            dequantized_copies=self.copies,
+            adapter=self.adapter,
+            gradients=self.gradients,
+            optimizer_state=self.optimizer_state,
+            activations=traced.activations * fragments,
+            logits=rest * fragments if peak_in == "loss" else 0.0,
+            temporaries=0.0 if peak_in == "loss" else rest * fragments,
+            peak_in=peak_in,
+            loading=self.runtime + self.base_weights + self.stored if self.on_cpu else 0.0,
+        )
+
+    def _trace(self, workload: Workload) -> Traced:
+        key = (workload.rows, workload.tokens, workload.labelled, workload.checkpointing)
+        if key not in self._traced:
+            if self._made is None:
+                self._made = self._tracer()
+            rows, tokens, labelled, checkpointing = key
+            self._traced[key] = self._made.step(rows, tokens, labelled, checkpointing=checkpointing)
+        return self._traced[key]
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    size: int = psutil.Process().memory_info().rss
+    return size

@@ -1,0 +1,71 @@
+"""What ``qmemtune estimate`` reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qmemtune.config.checks import is_regression
+from qmemtune.config.schema import MISSING, Config
+from qmemtune.data.packing import PackedRows
+from qmemtune.data.prepare import prepare_data
+from qmemtune.engine.memory.estimate import RunMemory, Workload, mib
+from qmemtune.engine.memory.fit import capacity, suggestions
+from qmemtune.errors import UserError
+from qmemtune.models.hardware import pick_device
+from qmemtune.models.loading import load_tokenizer
+
+
+def report(config: Config, device_name: str) -> dict[str, Any]:
+    """The estimate for a config's largest batch, what there is, and what would fit if it does not.
+
+    Args:
+        config: the run; its data may be missing.
+        device_name: cpu, cuda, or auto for this machine's.
+
+    Returns:
+        :meth:`Estimate.as_dict` with ``model``, ``quantization``, ``dtype``, ``available_mib`` and ``fits`` (None for a
+        device that is not here), ``would_fit`` and ``notes``.
+
+    Raises:
+        UserError: there is no such model, it cannot have this adapter, or the run is a regression.
+    """
+    if is_regression(config):
+        raise UserError(
+            "a regression's network takes a few MiB, of which there is no estimate",
+            where="model.path",
+            fix="give a language model",
+        )
+    here = pick_device()
+    device = here if device_name == "auto" else torch.device(device_name)
+    workload, notes = largest_workload(config)
+    if device.type == "cuda" and here.type != "cuda" and config.model.compute_dtype == "auto":
+        config.model.compute_dtype = "bfloat16"
+    memory = RunMemory(config, device, weights=False)
+    estimate = memory.estimate(workload)
+    limit = capacity(device) if device.type == here.type else None
+    fits = None if limit is None else estimate.total <= limit
+    ways = suggestions(memory, workload, limit) if limit is not None and not fits else []
+    return {
+        "model": config.model.path,
+        "quantization": config.quantization.kind,
+        "dtype": str(memory.dtype).removeprefix("torch."),
+        **estimate.as_dict(),
+        "available_mib": None if limit is None else mib(limit),
+        "fits": fits,
+        "would_fit": [{"overrides": way.overrides, "total_mib": mib(way.total)} for way in ways],
+        "notes": notes,
+    }
+
+
+def largest_workload(config: Config) -> tuple[Workload, list[str]]:
+    """The largest batch of a run, by its rows if they are at hand; and what to say if they are not."""
+    long = f"rows are taken to be as long as data.max_length={config.data.max_length}, all in the loss"
+    if config.data.path == MISSING:
+        return Workload.of(config), [f"no data are given: {long}"]
+    try:
+        rows = prepare_data(config.data, load_tokenizer(config.model)).train
+    except UserError as error:
+        return Workload.of(config), [f"the rows cannot be read ({error.findings[0].problem}): {long}"]
+    return Workload.of(config, PackedRows(rows, config.data.max_length) if config.trainer.packing else rows), []

@@ -1,0 +1,268 @@
+"""One training step on tensors that have a shape and no numbers: how much memory it takes, tensor by tensor.
+
+The step runs the model's own code, the adapter's and the engine's loss under torch's fake tensors. So whatever a model
+or an adapter keeps for its backward pass is counted, without a formula for each architecture. Layers that bitsandbytes
+replaces stand as ones that make the same temporaries.
+
+Letters: B rows, T tokens, D model width, N labelled positions.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qmemtune.engine.loss import FrozenHeadLoss
+from qmemtune.models.attention import short_rows_on_cpu
+from qmemtune.models.hardware import autocast
+from qmemtune.models.head import decoder_of, transform_candidates
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Bytes of one step beside weights and optimizer state."""
+
+    activations: float
+    """Kept for the backward pass when the forward pass has ended."""
+    forward: float
+    """Most in the forward pass."""
+    loss: float
+    """Most while logits and loss are computed, activations included."""
+    backward: float
+    """Most in the backward pass, gradients of adapter weights included."""
+
+    def plus(self, times: float, more: Traced, less: Traced) -> Traced:
+        """This, and ``times`` what ``more`` takes beyond ``less``."""
+        difference = {name: getattr(more, name) - getattr(less, name) for name in vars(self)}
+        return Traced(**{name: value + times * difference[name] for name, value in vars(self).items()})
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from when they are made until nothing refers to them.
+
+    Args:
+        known: tensors that are there already and do not count.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._storages: dict[int, Any] = {}
+        # Held, so that no other storage gets its address meanwhile.
+        self._known = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in known)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, Tensor):
+                self._see(part)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._storages or address in self._known:
+            return
+        self._storages[address] = weakref.ref(storage, lambda _: self._gone(address, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _gone(self, address: int, size: int) -> None:
+        if self._storages.pop(address, None) is not None:
+            self.live -= size
+
+    def take_peak(self) -> int:
+        """Most bytes since the last call."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+class _Dequantized4Bit(torch.autograd.Function):
+    """What a 4-bit product keeps and makes: the weight in the compute type, once in each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, torch.empty_like(weight, dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ torch.empty_like(ctx.weight, dtype=grads[0].dtype), None
+
+
+class _Dequantized8Bit(torch.autograd.Function):
+    """The same of an 8-bit product, which keeps its input too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight, ctx.x = weight, x
+        return F.linear(x, torch.empty_like(weight, dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ torch.empty_like(ctx.weight, dtype=grads[0].dtype), None
+
+
+STAND_INS: dict[str, type[torch.autograd.Function]] = {
+    "nf4": _Dequantized4Bit,
+    "fp4": _Dequantized4Bit,
+    "int8": _Dequantized8Bit,
+}
+"""What stands for a quantised product, by ``quantization.kind``."""
+
+
+class Tracer:
+    """A run's model, made ready to be traced; the given skeleton is used up.
+
+    Args:
+        model: the adapted skeleton.
+        dtype: of the arithmetic and of the base's weights.
+        quantised: the layers that are quantised.
+        quantization: how; ``none`` where products are computed with whole weights (copies on a CPU, too).
+        on_cpu: whether the run is on a CPU, where short rows have an attention of their own.
+        unit: decoder layers that are alike only together (a block of a memory).
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        dtype: torch.dtype,
+        quantised: list[nn.Linear],
+        quantization: str,
+        on_cpu: bool,
+        unit: int = 1,
+    ) -> None:
+        self.model, self.dtype, self.on_cpu, self.unit = model, dtype, on_cpu, unit
+        self.mode = FakeTensorMode()
+        self.lm = model.get_base_model()
+        if quantization in STAND_INS:
+            for layer in quantised:
+                layer.__dict__["forward"] = _stand_in(layer, STAND_INS[quantization], dtype)
+        self._fill()
+        self.model.train()
+
+    def _fill(self) -> None:
+        """Give every parameter and buffer the device and type that it will have."""
+        made: dict[int, Any] = {}
+        with self.mode:
+            for module in self.model.modules():
+                for name, value in module._parameters.items():
+                    if value is not None:
+                        dtype = torch.float32 if value.requires_grad else self.dtype
+                        if id(value) not in made:
+                            fake = torch.empty(value.shape, dtype=dtype, device=CPU)
+                            made[id(value)] = nn.Parameter(fake, requires_grad=value.requires_grad), value
+                        module._parameters[name] = made[id(value)][0]
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CPU)
+
+    def step(self, rows: int, tokens: int, labelled: int, *, checkpointing: bool) -> Traced:
+        """Trace one step.
+
+        Args:
+            rows: B.
+            tokens: T.
+            labelled: N, at least 1.
+            checkpointing: recompute activations in the backward pass.
+        """
+        decoder = decoder_of(self.lm)
+        found = _decoder_layers(decoder)
+        if found is None or len(found[1]) <= 3 * self.unit:
+            return self._step(rows, tokens, labelled, checkpointing)
+        # Layers are alike: short models say what one more layer adds, and one more block, in a fraction of the time.
+        name, every = found
+
+        def of_layers(*indices: int) -> Traced:
+            setattr(decoder, name, nn.ModuleList([every[i] for i in indices]))
+            return self._step(rows, tokens, labelled, checkpointing)
+
+        try:
+            two, three = of_layers(0, 1), of_layers(0, 1, 2)
+            traced = three.plus(len(every) - 3, three, two)
+            if self.unit > 1:
+                blocks = -(-len(every) // self.unit)
+                traced = traced.plus(blocks - 1, of_layers(0, 1, 2 * self.unit), three)
+        finally:
+            setattr(decoder, name, every)
+        return traced
+
+    def _step(self, rows: int, tokens: int, labelled: int, checkpointing: bool) -> Traced:
+        decoder, head = decoder_of(self.lm), self.lm.get_output_embeddings()
+        transform = transform_candidates(self.lm)[-1]
+        attention = short_rows_on_cpu() if self.on_cpu else nullcontext()
+        with self.mode, attention, self._checkpointed(checkpointing):
+            # Every row as long as the longest, with a mask: what a batch takes at most.
+            ids = torch.empty((rows, tokens), dtype=torch.long)
+            mask = torch.empty((rows, 1, tokens, tokens), dtype=torch.bool)
+            targets = torch.empty(labelled, dtype=torch.long)
+            there = [ids, mask, targets, *self.model.parameters(), *self.model.buffers()]
+            counter = LiveBytes(there)
+            try:
+                with counter:
+                    with self._autocast():
+                        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)[0]
+                        activations, forward = counter.live, counter.take_peak()
+                        chosen = hidden.flatten(0, 1)[:labelled]
+                        total = FrozenHeadLoss.apply(chosen, targets, lambda chunk: transform(head(chunk)))
+                    loss = counter.take_peak()
+                    del hidden, chosen
+                    total.backward()
+                    backward = counter.take_peak()
+            finally:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+        return Traced(activations, forward, loss, backward)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # float16 does not train on a CPU, and takes what bfloat16 takes.
+        return autocast(CPU, torch.float32 if self.dtype == torch.float32 else torch.bfloat16)
+
+    @contextmanager
+    def _checkpointed(self, wanted: bool) -> Iterator[None]:
+        if not wanted:
+            yield
+            return
+        # Numbers are not there, so their random state need not be kept either.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        switches = ("activation_checkpointing", "gradient_checkpointing")
+        prefix = next(name for name in switches if hasattr(self.lm, f"{name}_enable"))
+        getattr(self.lm, f"{prefix}_enable")(**{f"{prefix}_kwargs": options})
+        try:
+            yield
+        finally:
+            getattr(self.lm, f"{prefix}_disable")()
+
+
+def _stand_in(layer: nn.Linear, product: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        result: Tensor = product.apply(x.to(dtype), layer.weight).to(x.dtype)
+        return result if layer.bias is None else result + layer.bias
+
+    return forward
+
+
+def _decoder_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The decoder's list of layers and its name, where layers are alike and the decoder runs what is in the list."""
+    config = getattr(decoder, "config", None)
+    count = getattr(config, "num_hidden_layers", None)
+    if len(set(getattr(config, "layer_types", None) or [None])) > 1:
+        return None
+    for name, module in decoder.named_children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    return None

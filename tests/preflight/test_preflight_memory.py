@@ -1,0 +1,193 @@
+"""The estimate follows the real step; running out of memory ends with one message."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from qmemtune.adapters import apply_adapter
+from qmemtune.cli.app import main
+from qmemtune.config.schema import ModelConfig, OptimizerConfig, QuantizationConfig
+from qmemtune.engine.language import LabelledLoss
+from qmemtune.engine.memory.estimate import RunMemory, Workload
+from qmemtune.engine.memory.exhausted import asked_bytes, is_out_of_memory
+from qmemtune.engine.memory.fit import largest_batch, suggestions
+from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
+from qmemtune.engine.run import train
+from qmemtune.errors import UserError
+from qmemtune.models.loading import load_base
+
+CPU = torch.device("cpu")
+WORK = Workload(rows=4, tokens=64, labelled=128)
+
+
+def memory_of_run(run_config, *overrides) -> RunMemory:
+    return RunMemory(run_config(*overrides).config, CPU, runtime=0)
+
+
+class Saved:
+    """Bytes of distinct storages that a forward pass keeps, weights left out."""
+
+    def __init__(self, model):
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.kept = {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+@pytest.mark.parametrize("adapter", ["lora", "queryable"])
+def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter):
+    small = ["adapter.num_atoms=4", "adapter.key_dim=4", "adapter.block_size=2"] if adapter == "queryable" else []
+    config = run_config(f"adapter={adapter}", "adapter.r=4", *small).config
+    estimate = RunMemory(config, CPU, runtime=0).estimate(WORK)
+    model = apply_adapter(load_base(config.model, config.quantization, device=CPU), config.adapter, seed=0).train()
+    loss_of = LabelledLoss(model)
+    ids = torch.randint(0, 300, (WORK.rows, WORK.tokens))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    labels = ids.clone()
+    labels[:, : WORK.tokens // 2] = -100
+    saved = Saved(model)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t), loss_of.installed():
+        loss, _ = model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert loss.isfinite()
+    assert estimate.activations == pytest.approx(sum(saved.kept.values()), rel=0.1)
+
+
+def test_short_models_stand_for_a_long_one(run_config, monkeypatch):
+    config = run_config("adapter=queryable", "adapter.r=4", "adapter.num_atoms=4", "adapter.block_size=1").config
+    short = RunMemory(config, CPU, runtime=0).estimate(WORK)
+    monkeypatch.setattr("qmemtune.engine.memory.tracing._decoder_layers", lambda decoder: None)
+    assert short.total == pytest.approx(RunMemory(config, CPU, runtime=0).estimate(WORK).total, rel=0.02)
+
+
+def test_more_work_takes_more_and_checkpointing_less(run_config):
+    memory = memory_of_run(run_config)
+    plain = memory.estimate(WORK)
+    assert memory.estimate(WORK.with_rows(8)).total > plain.total
+    assert memory.estimate(replace(WORK, tokens=128)).activations > 1.9 * plain.activations
+    assert memory.estimate(replace(WORK, checkpointing=True)).activations < 0.5 * plain.activations
+    assert plain.total == pytest.approx(sum(getattr(plain, part) for part in plain.PARTS))
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+def test_weights_take_what_loaded_ones_take(run_config, tiny_llama_dir, kind):
+    quantization = QuantizationConfig(kind=kind)
+    skeleton = memory_of_run(run_config, f"quantization={kind}").model.get_base_model()
+    base = load_base(ModelConfig(path=str(tiny_llama_dir), compute_dtype="float32"), quantization, device=CPU)
+    real = sum(p.numel() * p.element_size() for p in base.parameters())
+    assert skeleton is not None
+    expected = memory_of_run(run_config, f"quantization={kind}").base_weights
+    # Scales are not parameters.
+    assert real <= expected <= 1.15 * real
+
+
+def test_state_of_optimizers():
+    weights = [nn.Parameter(torch.zeros(64, 128)), nn.Parameter(torch.zeros(8))]
+    elements = 64 * 128 + 8
+    assert optimizer_bytes(weights, OptimizerConfig(name="sgd")) == 0
+    assert optimizer_bytes(weights, OptimizerConfig(name="adamw")) == 8 * elements
+    assert optimizer_bytes(weights, OptimizerConfig(name="adamw_8bit")) < 3 * elements
+    assert optimizer_bytes(weights, OptimizerConfig(name="adafactor")) == 4 * (64 + 128 + 8)
+
+
+def test_copies_of_4bit_weights_are_counted_where_they_are_made(run_config, monkeypatch):
+    with_copies = memory_of_run(run_config, "quantization=nf4")
+    without = memory_of_run(run_config, "quantization=nf4", "quantization.dequantized_copies=never")
+    assert with_copies.copies > 0
+    assert without.copies == 0
+    assert without.estimate(WORK).dequantized_copies == 0
+
+
+def test_the_largest_batch_that_fits(run_config):
+    memory = memory_of_run(run_config)
+    work = WORK.with_rows(16)
+    for rows in (1, 5, 15):
+        limit = memory.estimate(work.with_rows(rows)).total
+        assert largest_batch(memory, work, limit) == rows
+    assert largest_batch(memory, work, memory.estimate(work).total) == 16
+    assert largest_batch(memory, work, 1.0) == 0
+
+
+def test_what_is_advised_fits_and_keeps_the_rows_of_a_step(run_config):
+    memory = memory_of_run(run_config)
+    work = WORK.with_rows(16)
+    limit = memory.estimate(work.with_rows(8)).total
+    first, second = suggestions(memory, work, limit)
+    assert first.overrides == "trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=2"
+    assert "gradient_checkpointing=true" in second.overrides
+    assert max(first.total, second.total) <= limit
+
+
+FAILURES = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."), 2 * 2**30),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4194304 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        4 * 2**20,
+    ),
+    (MemoryError(), None),
+]
+
+
+@pytest.mark.parametrize(("failure", "asked"), FAILURES)
+def test_running_out_of_memory_is_one_message(run_config, monkeypatch, failure, asked):
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr("qmemtune.engine.language.LanguageTask.loss", fail)
+    with pytest.raises(UserError) as raised:
+        train(run_config("trainer.per_device_train_batch_size=8", "trainer.max_steps=1"))
+    (finding,) = raised.value.findings
+    assert "memory ran out" in finding.problem
+    assert "estimated at" in finding.problem
+    assert asked is None or "more were asked for" in finding.problem
+    assert asked_bytes(failure) == asked
+    assert "trainer.per_device_train_batch_size" in finding.fix or "gradient_checkpointing" in finding.fix
+
+
+def test_other_failures_pass(run_config, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    monkeypatch.setattr("qmemtune.engine.language.LanguageTask.loss", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train(run_config("trainer.max_steps=1"))
+
+
+def test_estimate_needs_no_weights_and_no_rows(run_config, tiny_llama_dir, tmp_path, capsys):
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_llama_dir / "config.json").read_text())
+    assert main(["estimate", f"model.path={folder}", "data.max_length=64", "--json", "--device", "cuda"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "cuda"
+    assert found["workload"]["tokens"] == 64
+    assert found["total_mib"] == pytest.approx(sum(found["parts_mib"].values()), abs=1)
+    assert "no data are given" in found["notes"][0]
+
+
+def test_estimate_is_shown_by_part(run_config, tiny_llama_dir, capsys):
+    assert main(["estimate", f"model.path={tiny_llama_dir}", "data.max_length=32", "quantization=nf4"]) == 0
+    out = capsys.readouterr().out
+    assert "activations" in out
+    assert "fits into" in out
+
+
+def test_weights_without_quantisation(run_config):
+    base = memory_of_run(run_config).model.get_base_model()
+    assert quantised_layers(base, QuantizationConfig(kind="none")) == []
+    linear = nn.Sequential(nn.Linear(64, 64, bias=False))
+    quantised = quantised_layers(linear, QuantizationConfig(kind="nf4", double_quant=False))
+    assert base_bytes(linear, quantised, QuantizationConfig(kind="nf4", double_quant=False), 4) == 64 * 64 * 0.5625
