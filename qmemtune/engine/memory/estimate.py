@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,15 @@ from qmemtune.models.sources import stored_bytes
 
 CUDA_RUNTIME = 600 * 2**20
 """What CUDA's context and its libraries take of a GPU."""
-CUDA_FRAGMENTS = 1.03
-"""torch's allocator hands out whole blocks."""
+CUDA_FRAGMENTS = 0.03
+"""Share of a step's tensors that torch's allocator takes on top: it hands out whole blocks. Not measured."""
+HEAP_FRAGMENTS = 0.55
+"""Share of the activations that glibc's heap takes on top on a CPU: temporaries of the forward pass leave holes between
+what is kept. Fitted to three configurations of benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives
+every tensor pages of its own, one of them measured within 1 % of the estimate without this part."""
+MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""Environment variable: from so many bytes on glibc gives memory back as soon as it is freed."""
+SMALL_THRESHOLD = 2**20
 TRAINED_ITEMSIZE = 4
 """Adapter weights and their gradients are float32."""
 
@@ -99,6 +107,8 @@ class Estimate:
     """At labelled positions, a chunk at a time, with what their loss makes of them; 0 where the peak is elsewhere."""
     temporaries: float
     """What else exists for a moment at the peak: dequantised weights, gradients of activations."""
+    fragmentation: float
+    """Memory that the allocator holds and cannot use."""
     peak_in: str
     """Part of a step that takes most: forward, loss or backward."""
     loading: float
@@ -114,6 +124,7 @@ class Estimate:
         "activations",
         "logits",
         "temporaries",
+        "fragmentation",
     )
 
     @property
@@ -215,7 +226,7 @@ class RunMemory:
         peak_in = max(phases, key=lambda name: phases[name])
         dynamic = max(phases[peak_in], traced.activations + self.gradients)
         rest = dynamic - traced.activations - self.gradients
-        fragments = 1.0 if self.on_cpu else CUDA_FRAGMENTS
+        fragmented = heap_fragments() * traced.activations if self.on_cpu else CUDA_FRAGMENTS * dynamic
         return Estimate(
             device="cpu" if self.on_cpu else "cuda",
             workload=workload,
@@ -225,9 +236,10 @@ class RunMemory:
             adapter=self.adapter,
             gradients=self.gradients,
             optimizer_state=self.optimizer_state,
-            activations=traced.activations * fragments,
-            logits=rest * fragments if peak_in == "loss" else 0.0,
-            temporaries=0.0 if peak_in == "loss" else rest * fragments,
+            activations=traced.activations,
+            logits=rest if peak_in == "loss" else 0.0,
+            temporaries=0.0 if peak_in == "loss" else rest,
+            fragmentation=fragmented,
             peak_in=peak_in,
             loading=self.runtime + self.base_weights + self.stored if self.on_cpu else 0.0,
         )
@@ -240,6 +252,13 @@ class RunMemory:
             rows, tokens, labelled, checkpointing = key
             self._traced[key] = self._made.step(rows, tokens, labelled, checkpointing=checkpointing)
         return self._traced[key]
+
+
+def heap_fragments() -> float:
+    """Share of the activations that the heap takes on top in this process's environment."""
+    threshold = os.environ.get(MMAP_THRESHOLD, "")
+    small = threshold.isdecimal() and int(threshold) <= SMALL_THRESHOLD
+    return 0.0 if small else HEAP_FRAGMENTS
 
 
 def resident_bytes() -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qmemtune.engine.loss import FrozenHeadLoss
+from qmemtune.engine.loss import FrozenHeadLoss, cross_entropy
 from qmemtune.models.attention import short_rows_on_cpu
 from qmemtune.models.hardware import autocast
 from qmemtune.models.head import decoder_of, transform_candidates
@@ -218,7 +218,9 @@ class Tracer:
                         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)[0]
                         activations, forward = counter.live, counter.take_peak()
                         chosen = hidden.flatten(0, 1)[:labelled]
-                        total = FrozenHeadLoss.apply(chosen, targets, lambda chunk: transform(head(chunk)))
+                        total = FrozenHeadLoss.apply(
+                            chosen, targets, lambda chunk: transform(head(chunk)), cross_entropy
+                        )
                     loss = counter.take_peak()
                     del hidden, chosen
                     total.backward()
