@@ -1,7 +1,7 @@
 """Versions of libraries: which should work, and which the tests ran with.
 
 Ranges are the installed package's own requirements. The tested versions are those of constraints.txt, which lies at the
-top of a source checkout and inside the installed package.
+top of a source checkout and travels in the metadata of the installed package.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from qmemtune.errors import UserError
 FILE = "constraints.txt"
 
 
-def constraints() -> Path:
-    """The file of tested versions.
+@cache
+def tested() -> dict[str, str]:
+    """Package -> the version that the tests ran with.
 
     Raises:
         UserError: the installation is broken.
     """
-    package = Path(qmemtune.__file__).resolve().parent
-    for file in (package / f"_{FILE}", package.parent / FILE):
-        if file.is_file():
-            return file
-    raise UserError(f"the installation has no {FILE}", where=str(package), fix="install qmemtune again")
-
-
-@cache
-def tested() -> dict[str, str]:
-    """Package -> the version that the tests ran with."""
-    lines = constraints().read_text(encoding="utf-8").splitlines()
-    pins = (line.split("#")[0].strip().partition("==") for line in lines)
+    pins = (line.split("#")[0].strip().partition("==") for line in constraints().splitlines())
     return {canonical(name): version for name, _, version in pins if version}
+
+
+def constraints() -> str:
+    """The text of constraints.txt: of the checkout that runs, else of the installed package's metadata."""
+    root = Path(qmemtune.__file__).resolve().parents[1]
+    if (root / "pyproject.toml").is_file() and (root / FILE).is_file():
+        return (root / FILE).read_text(encoding="utf-8")
+    text = metadata.distribution("qmemtune").read_text(f"extra_metadata/{FILE}")
+    if text is None:
+        raise UserError(f"the installation has no {FILE}", where=str(root), fix="install qmemtune again")
+    return text
 
 
 @cache

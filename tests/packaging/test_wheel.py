@@ -66,6 +66,13 @@ def test_wheel_holds_every_config_and_recipe(wheel, folder):
     assert files_below(folder)
 
 
+def test_wheel_carries_the_versions_that_are_tested(wheel, qmemtune, tmp_path):
+    (packed,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/constraints.txt")]
+    assert zipfile.ZipFile(wheel).read(packed) == (ROOT / "constraints.txt").read_bytes()
+    checks = json.loads(qmemtune(tmp_path, "doctor", "--json"))["checks"]
+    assert "transformers" in next(check["found"] for check in checks if check["name"] == "packages")
+
+
 def test_wheel_adds_nothing_beside_the_package(wheel):
     top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"qmemtune"}
