@@ -146,13 +146,14 @@ def test_running_out_of_memory_is_one_message(run_config, monkeypatch, failure):
     assert "memory ran out" in finding.problem
     assert "estimated at" in finding.problem
     assert asked_bytes(failure) is None or "4 MiB more were asked for" in finding.problem
-    assert finding.where == "a batch of 8 rows of up to 24 tokens"
+    assert finding.where == "a batch of 8 rows of up to 15 tokens"
 
 
 def test_the_message_names_two_settings_that_fit(run_config):
     memory = memory_of_run(run_config)
     known = Memory(memory, WORK.with_rows(16))
-    limit = memory.estimate(WORK.with_rows(8)).total
+    # What fits beside eight rows, but not nine: eight keep the rows of a step.
+    limit = memory.estimate(known.workload.with_rows(9)).total
     error = explained(MemoryError(), known, lambda: limit)
     fix = error.findings[0].fix
     assert all(way.total <= limit for way in suggestions(memory, known.workload, limit))

@@ -68,6 +68,13 @@ def largest_batch(memory: RunMemory, workload: Workload, limit: float) -> int:
     return low
 
 
+def smaller_batch(memory: RunMemory, workload: Workload, limit: float) -> Workload | None:
+    """The largest smaller batch that fits and divides this one, so that a step keeps its rows; None without one."""
+    most = min(largest_batch(memory, workload, limit), workload.rows - 1)
+    rows = max((rows for rows in range(1, most + 1) if workload.rows % rows == 0), default=0)
+    return workload.with_rows(rows) if rows else None
+
+
 @dataclass(frozen=True)
 class Memory:
     """A run's largest batch, and what estimates that and others."""
@@ -104,9 +111,8 @@ def suggestions(memory: RunMemory, workload: Workload, limit: float) -> list[Sug
 
 
 def _candidates(memory: RunMemory, workload: Workload, limit: float) -> Iterator[Suggestion]:
-    rows = largest_batch(memory, workload, limit)
-    if 0 < rows < workload.rows:
-        fewer = workload.with_rows(rows)
+    fewer = smaller_batch(memory, workload, limit)
+    if fewer is not None:
         yield Suggestion(batch_overrides(fewer), memory.estimate(fewer).total)
     if not workload.checkpointing:
         recomputed = replace(workload, checkpointing=True)
@@ -115,9 +121,8 @@ def _candidates(memory: RunMemory, workload: Workload, limit: float) -> Iterator
         if total <= limit:
             yield Suggestion(key, total)
         else:
-            rows = largest_batch(memory, recomputed, limit)
-            if 0 < rows < workload.rows:
-                fewer = recomputed.with_rows(rows)
+            fewer = smaller_batch(memory, recomputed, limit)
+            if fewer is not None:
                 yield Suggestion(f"{key} {batch_overrides(fewer)}", memory.estimate(fewer).total)
     shorter = workload
     while shorter.tokens >= 64:
