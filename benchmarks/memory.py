@@ -70,9 +70,11 @@ CASES = [
     Case("nf4", "lora", 2, 192, more=("quantization.dequantized_copies=never",)),
     Case("none", "lora", 2, 192, more=("adapter.r=64",)),
     Case("none", "queryable", 1, 384, more=("adapter.r=32", "adapter.dropout=0.1")),
+    Case("none", "queryable", 2, 192, checkpointing=True),
+    Case("nf4", "lora", 1, 512, checkpointing=True),
 ]
-FITTED = (2, 5, 6)
-"""Configurations to which the share of fragmentation was fitted; the others were not looked at."""
+FITTED = (2, 5, 6, 7, 8, 10)
+"""Configurations that were looked at while fragmentation was fitted; the others are the test."""
 
 
 def write_rows(file: Path) -> None:

@@ -26,9 +26,12 @@ CUDA_RUNTIME = 600 * 2**20
 CUDA_FRAGMENTS = 0.03
 """Share of a step's tensors that torch's allocator takes on top: it hands out whole blocks. Not measured."""
 HEAP_FRAGMENTS = 0.55
-"""Share of the activations that glibc's heap takes on top on a CPU: temporaries of the forward pass leave holes between
-what is kept. Fitted to three configurations of benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives
-every tensor pages of its own, one of them measured within 1 % of the estimate without this part."""
+"""What glibc's heap takes on top on a CPU, as a share of the activations without checkpointing: freed temporaries leave
+holes that aligned tensors do not fit into, in recomputation just as much. Fitted to configurations of
+benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives every tensor pages of its own, two of them measured
+within 1 % of the estimate without this part."""
+INT8_HOLES = 1.6
+"""Bytes a weight that loading an 8-bit base leaves in the heap for a while; measured on SmolLM2-135M."""
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 """Environment variable: from so many bytes on glibc gives memory back as soon as it is freed."""
 SMALL_THRESHOLD = 2**20
@@ -187,7 +190,9 @@ class RunMemory:
         self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.base_weights = base_bytes(base, quantised, quantization, self.dtype.itemsize)
         self.stored = stored_bytes(config.model.path) or self.base_parameters * 2
-        copies = sum(layer.weight.numel() for layer in quantised) * self.dtype.itemsize
+        small = sum(layer.weight.numel() for layer in quantised)
+        self.holes = INT8_HOLES * small if quantization.kind == "int8" else 0.0
+        copies = small * self.dtype.itemsize
         has_copies = (
             self.on_cpu
             and quantization.kind in ("nf4", "fp4")
@@ -226,7 +231,10 @@ class RunMemory:
         peak_in = max(phases, key=lambda name: phases[name])
         dynamic = max(phases[peak_in], traced.activations + self.gradients)
         rest = dynamic - traced.activations - self.gradients
-        fragmented = heap_fragments() * traced.activations if self.on_cpu else CUDA_FRAGMENTS * dynamic
+        fragmented = CUDA_FRAGMENTS * dynamic
+        if self.on_cpu:
+            share = heap_fragments()
+            fragmented = share * self._trace(replace(workload, checkpointing=False)).activations if share else 0.0
         return Estimate(
             device="cpu" if self.on_cpu else "cuda",
             workload=workload,
@@ -241,7 +249,7 @@ class RunMemory:
             temporaries=0.0 if peak_in == "loss" else rest,
             fragmentation=fragmented,
             peak_in=peak_in,
-            loading=self.runtime + self.base_weights + self.stored if self.on_cpu else 0.0,
+            loading=self.runtime + self.base_weights + self.stored + self.holes if self.on_cpu else 0.0,
         )
 
     def _trace(self, workload: Workload) -> Traced:
