@@ -28,8 +28,8 @@ CUDA_FRAGMENTS = 0.03
 HEAP_FRAGMENTS = 0.55
 """What glibc's heap takes on top on a CPU, as a share of the activations without checkpointing: freed temporaries leave
 holes that aligned tensors do not fit into, in recomputation just as much. Fitted to configurations of
-benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives every tensor pages of its own, two of them measured
-within 1 % of the estimate without this part."""
+benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives every tensor pages of its own, two of them
+measured within 1 % of the estimate without this part."""
 INT8_HOLES = 1.6
 """Bytes a weight that loading an 8-bit base leaves in the heap for a while; measured on SmolLM2-135M."""
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
