@@ -26,8 +26,8 @@ CUDA_RUNTIME = 600 * 2**20
 CUDA_FRAGMENTS = 0.03
 """Share of a step's tensors that torch's allocator takes on top: it hands out whole blocks. Not measured."""
 HEAP_FRAGMENTS = 0.55
-"""What glibc's heap takes on top on a CPU, as a share of the activations without checkpointing: freed temporaries leave
-holes that aligned tensors do not fit into, in recomputation just as much. Fitted to configurations of
+"""What glibc's heap takes on top on a CPU, as a share of the activations that lie in it without checkpointing: freed
+temporaries leave holes that aligned tensors do not fit into, in recomputation just as much. Fitted to configurations of
 benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives every tensor pages of its own, two of them
 measured within 1 % of the estimate without this part."""
 INT8_HOLES = 1.6
@@ -234,7 +234,7 @@ class RunMemory:
         fragmented = CUDA_FRAGMENTS * dynamic
         if self.on_cpu:
             share = heap_fragments()
-            fragmented = share * self._trace(replace(workload, checkpointing=False)).activations if share else 0.0
+            fragmented = share * self._trace(replace(workload, checkpointing=False)).in_heap if share else 0.0
         return Estimate(
             device="cpu" if self.on_cpu else "cuda",
             workload=workload,

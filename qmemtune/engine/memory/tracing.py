@@ -28,6 +28,8 @@ from qmemtune.models.hardware import autocast
 from qmemtune.models.head import decoder_of, transform_candidates
 
 CPU = torch.device("cpu")
+HEAP_LIMIT = 32 * 2**20
+"""Bytes from which on glibc maps every tensor apart, whatever it has learned (DEFAULT_MMAP_THRESHOLD_MAX, 64 bits)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Traced:
 
     activations: float
     """Kept for the backward pass when the forward pass has ended."""
+    in_heap: float
+    """Of them in tensors so small that glibc takes them from its heap."""
     forward: float
     """Most in the forward pass."""
     loss: float
@@ -59,6 +63,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.live = 0
+        self.live_in_heap = 0
         self.peak = 0
         self._storages: dict[int, Any] = {}
         # Held, so that no other storage gets its address meanwhile.
@@ -78,11 +83,13 @@ class LiveBytes(TorchDispatchMode):
             return
         self._storages[address] = weakref.ref(storage, lambda _: self._gone(address, size))
         self.live += size
+        self.live_in_heap += size if size < HEAP_LIMIT else 0
         self.peak = max(self.peak, self.live)
 
     def _gone(self, address: int, size: int) -> None:
         if self._storages.pop(address, None) is not None:
             self.live -= size
+            self.live_in_heap -= size if size < HEAP_LIMIT else 0
 
     def take_peak(self) -> int:
         """Most bytes since the last call."""
@@ -216,7 +223,7 @@ class Tracer:
                 with counter:
                     with self._autocast():
                         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)[0]
-                        activations, forward = counter.live, counter.take_peak()
+                        activations, in_heap, forward = counter.live, counter.live_in_heap, counter.take_peak()
                         chosen = hidden.flatten(0, 1)[:labelled]
                         total = FrozenHeadLoss.apply(
                             chosen, targets, lambda chunk: transform(head(chunk)), cross_entropy
@@ -228,7 +235,7 @@ class Tracer:
             finally:
                 for parameter in self.model.parameters():
                     parameter.grad = None
-        return Traced(activations, forward, loss, backward)
+        return Traced(activations, in_heap, forward, loss, backward)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # float16 does not train on a CPU, and takes what bfloat16 takes.
