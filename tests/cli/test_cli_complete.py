@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 START = [sys.executable, "-c", "from qmemtune.cli.app import main; main()"]
 
 
@@ -20,7 +22,7 @@ def complete(shell: str, **variables: str) -> str:
     ("words", "expected"),
     [
         (["recipe", "=", "qu"], ["quickstart"]),
-        (["recipe", "="], ["llama_alpaca", "quickstart", "smollm2_gsm8k"]),
+        (["recipe", "="], RECIPES),
         (["adapter", "=", "q"], ["queryable"]),
         (["trainer.max_s"], ["trainer.max_steps="]),
         (["~trainer.max_s"], ["~trainer.max_steps"]),
