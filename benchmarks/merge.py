@@ -23,7 +23,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from report import table, write_section
+from report import write_section
+
+from qmemtune.study.tables import table
 
 SHAPES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary: Llama 3.1 8B, Llama 3.2 1B (head not tied)

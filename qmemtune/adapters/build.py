@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qmemtune.adapters.methods import check_layers, method_config, refused
+from qmemtune.adapters.methods import check_layers, is_quantised, method_config, refused
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 from qmemtune.adapters.queryable.config import BASE_ENCODER
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
@@ -143,7 +143,7 @@ def check_targets(model: nn.Module, config: AdapterConfig, *, quantised: bool | 
             problem = f"there is no decoder layer {index}: the model has {layers}"
             findings.append(Finding(problem, "adapter.layers_to_transform", f"use indices from 0 to {layers - 1}"))
     if quantised is None:
-        quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+        quantised = is_quantised(model)
     if isinstance(config, LoraConfig) and quantised and config.init in ("pissa", "olora"):
         problem = f"init {config.init} changes the base's weights, which a quantised base does not allow"
         findings.append(Finding(problem, "adapter.init", "use adapter.init=default or quantization=none"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qmemtune.adapters.queryable import QueryableMemory, memory_of
 from qmemtune.adapters.queryable.encoders import InstructionEncoder, make_encoder
+from qmemtune.rundir import cache_root
 
 
 class InstructionSource:
@@ -105,6 +105,5 @@ def prompts_of(model: nn.Module | QueryableMemory | None, labels: Tensor, ignore
 
 
 def cache_folder() -> Path:
-    """Folder of the embeddings that sentence encoders made: ``$QMEMTUNE_CACHE``/instructions, else under ~/.cache."""
-    root = os.environ.get("QMEMTUNE_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "qmemtune") / "instructions"
+    """Folder of the embeddings that sentence encoders made."""
+    return cache_root() / "instructions"

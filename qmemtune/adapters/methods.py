@@ -14,6 +14,7 @@ import yaml
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from qmemtune.adapters.queryable.registration import QUERYABLE
 from qmemtune.config.adapters import AdapterConfig, MethodConfig
@@ -194,6 +195,11 @@ def words(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether bitsandbytes holds the model's weights in 4 or 8 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
 def check_layers(model: PeftModel, config: MethodConfig) -> None:
     """Run each adapted layer of a quantised model once, forward and back.
 
@@ -204,7 +210,7 @@ def check_layers(model: PeftModel, config: MethodConfig) -> None:
         UserError: a layer fails; with the reason.
     """
     base = model.get_base_model()
-    if not (getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)):
+    if not is_quantised(base):
         return
     # As in training: 16-bit bases compute under autocast, over adapters in float32.
     dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())

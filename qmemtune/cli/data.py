@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmemtune.cli.options import Debug, Json, Overrides, Quiet
-from qmemtune.cli.output import Output, output
+from qmemtune.cli.output import NO_PICTURE, Output, output
 from qmemtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _draw(report: dict[str, Any], path: Path, out: Output) -> str | None:
     try:
         draw_lengths(report, path)
     except ImportError:
-        out.note("no picture is drawn: install matplotlib with pip install 'qmemtune[report]'")
+        out.note(NO_PICTURE)
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"the picture cannot be written: {error}", where=f"--png {path}") from error

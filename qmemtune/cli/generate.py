@@ -176,11 +176,12 @@ def _chat(speaker: Speaker, out: Output) -> None:
 
     A run trained on conversations answers the whole conversation; any other takes each line by itself.
     """
+    from qmemtune.config.schema import CONVERSATIONS
     from qmemtune.data.render import form_of_training_rows
 
     data = speaker.loaded.config.data
     form = data.format if data.format != "auto" else form_of_training_rows(data)
-    remembers = form in ("messages", "sharegpt") or data.chat == "always"
+    remembers = form in CONVERSATIONS or data.chat == "always"
     out.note("an empty line or Ctrl-D ends it" + ("; /new starts a new conversation" if remembers else ""))
     messages: list[dict[str, str]] = []
     while True:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmemtune.cli.options import Debug, Json, Overrides, Quiet
-from qmemtune.cli.output import Output, output, plain
+from qmemtune.cli.output import NO_PICTURE, Output, output, plain
 from qmemtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _draw(report: dict[str, Any], run: RunDir, out: Output) -> str | None:
     try:
         draw_routes(report, run.inspection_picture)
     except ImportError:
-        out.note("no picture is drawn: install matplotlib with pip install 'qmemtune[report]'")
+        out.note(NO_PICTURE)
         return None
     return str(run.inspection_picture)
 

@@ -19,6 +19,8 @@ from qmemtune.errors import Finding, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+NO_PICTURE = "no picture is drawn: install matplotlib with pip install 'qmemtune[report]'"
+
 
 @dataclass(frozen=True)
 class Output:

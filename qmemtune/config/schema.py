@@ -13,6 +13,10 @@ from qmemtune.config.adapters import AdapterConfig, LoraConfig
 
 MISSING: str = "???"
 """A value that must be given."""
+CONVERSATIONS = ("messages", "sharegpt")
+"""Row forms that are conversations and need a chat template."""
+LIVE_FORMATS = ("live", "adapter")
+"""Names of the one export format that is the adapter as trained."""
 
 
 @dataclass
@@ -338,7 +342,7 @@ class ExportConfig:
     @property
     def is_live(self) -> bool:
         """Whether the export is the adapter as trained."""
-        return self.format in ("live", "adapter")
+        return self.format in LIVE_FORMATS
 
 
 @dataclass

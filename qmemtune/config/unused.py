@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.checks import looks_local, uses_prior
 from qmemtune.config.fields import fields_of
-from qmemtune.config.schema import Config
-
-CONVERSATIONS = ("messages", "sharegpt")
-"""Row forms that are conversations; the data layer, which this one may not import, has the same."""
+from qmemtune.config.schema import CONVERSATIONS, Config
 
 
 def unused_options(config: Config, given: Mapping[str, str]) -> list[str]:

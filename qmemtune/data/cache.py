@@ -46,6 +46,20 @@ class PreparedData:
     format: str
     """Row form of the training rows (of the held-out ones if only those were read)."""
 
+    @property
+    def tokens(self) -> int:
+        """In all training rows."""
+        return self.report.train.tokens
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know about the rows."""
+        return self.report.warnings
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for scripts."""
+        return self.report.as_dict()
+
 
 @dataclass(frozen=True)
 class CacheEntry:

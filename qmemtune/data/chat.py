@@ -44,11 +44,11 @@ class ChatRenderer:
             )
         self.tokenizer = tokenizer
         self.encoder = encoder
+        self._tools: list[Any] | None = None
         self.ends_turns = self._probe()
         """Whether the template ends an answer with a special token, so that generation can stop there."""
         self.incomplete = 0
         """Conversations rendered so far of which the template leaves out or changes a text."""
-        self._tools: list[Any] | None = None
 
     def text(self, conversation: Sequence[Message], generation_prompt: bool = False) -> str:
         """The rendered conversation.
@@ -59,7 +59,7 @@ class ChatRenderer:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(conversation),
-                tools=getattr(self, "_tools", None),
+                tools=self._tools,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
             )

@@ -229,7 +229,3 @@ def conversation_parts(row: Fields, conversation: list[Message], muted: frozense
 def text(row: Fields) -> Parts:
     """``text``: plain text, all of it in the loss; what is over ``max_length`` goes on in further rows."""
     return Parts(completion=row.text("text") if row.completion is None else row.completion)
-
-
-CONVERSATIONS = ("messages", "sharegpt")
-"""Forms that are conversations and need a chat template."""

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from qmemtune.config.schema import MISSING, DataConfig
+from qmemtune.config.schema import CONVERSATIONS, MISSING, DataConfig
 from qmemtune.data.cache import PreparedData as PreparedData
 from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder
 from qmemtune.data.examples import Example, ExampleMaker
-from qmemtune.data.formats import CONVERSATIONS
 from qmemtune.data.mixture import mixed, repeated, source_configs
 from qmemtune.data.records import RawRow, Rejected
 from qmemtune.data.render import Renderer

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qmemtune.config.schema import Config, RegressionDataConfig
 
-NOISY_REGRESSION = "generated:noisy_regression"
 HIDDEN_UNITS = 32
 SCALED_ON = 8_192
 """Inputs over which functions are scaled."""
@@ -104,6 +103,16 @@ class RegressionData:
     """Targets without noise."""
     functions: Functions
     config: RegressionDataConfig
+
+    @property
+    def tokens(self) -> int:
+        """A training row counts as one."""
+        return len(self.train)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know about the rows: they are made, and as they should be."""
+        return []
 
     def lines(self) -> list[str]:
         """The report for people."""

@@ -7,12 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.schema import CONVERSATIONS, DataConfig
 from qmemtune.data.chat import ChatRenderer
 from qmemtune.data.conversations import Message, check_message
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.examples import Example, ExampleMaker, template
-from qmemtune.data.formats import CONVERSATIONS, alpaca_prompt
+from qmemtune.data.formats import alpaca_prompt
 from qmemtune.data.records import RawRow, RowError
 from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.templates import TextParts

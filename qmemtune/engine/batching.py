@@ -16,6 +16,7 @@ from qmemtune.data.rows import TokenRows
 from qmemtune.data.sampler import LengthGroupedSampler
 from qmemtune.engine.sampler import SeededRandomSampler
 from qmemtune.errors import UserError
+from qmemtune.evaluation.guard import undisturbed
 from qmemtune.models.hardware import autocast
 
 APART = 0.05
@@ -73,7 +74,6 @@ def check_rows_stay_apart(model: nn.Module, device: torch.device, dtype: torch.d
     Raises:
         UserError: it does not, or takes no positions.
     """
-    modes = {module: module.training for module in model.modules()}
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = torch.arange(13).mul(7919).remainder(vocabulary).unsqueeze(0).to(device)
     first, second = ids[:, :6], ids[:, 6:]
@@ -85,16 +85,12 @@ def check_rows_stay_apart(model: nn.Module, device: torch.device, dtype: torch.d
 
     fix = "train without trainer.packing, or with model.attn_implementation=sdpa"
     try:
-        model.eval()
-        with torch.no_grad(), autocast(device, dtype):
+        with undisturbed(model), torch.no_grad(), autocast(device, dtype):
             alone = torch.cat([logits(input_ids=first), logits(input_ids=second)], dim=1)
             packed = logits(input_ids=ids, position_ids=positions)
             joined = logits(input_ids=ids)
     except TypeError as error:
         raise UserError(f"this model takes no positions: {error}", where="trainer.packing", fix=fix) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     distance, leak = (packed - alone)[:, 6:].norm(), (joined - alone)[:, 6:].norm()
     if distance > APART * leak + 1e-4 * alone.norm():
         raise UserError(

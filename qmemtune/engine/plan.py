@@ -7,8 +7,9 @@ from typing import Any
 from qmemtune.adapters import describe
 from qmemtune.config.compose import Composed
 from qmemtune.config.schema import Config
+from qmemtune.engine.memory.estimate import TRAINED_ITEMSIZE
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
-from qmemtune.engine.preflight import TRAINED_ITEMSIZE, preflight
+from qmemtune.engine.preflight import preflight
 from qmemtune.models.hardware import pick_device
 
 
@@ -38,8 +39,8 @@ def plan(composed: Composed) -> dict[str, Any]:
         "dtype": str(checked.dtype).removeprefix("torch."),
         "rows": len(rows.train),
         "heldout_rows": len(rows.prepared.heldout),
-        "tokens_per_epoch": rows.tokens,
-        "tokens": round(rows.tokens * steps.total / steps.per_epoch),
+        "tokens_per_epoch": rows.prepared.tokens,
+        "tokens": round(rows.prepared.tokens * steps.total / steps.per_epoch),
         "steps": steps.total,
         "steps_per_epoch": steps.per_epoch,
         "warmup_steps": steps.warmup,
@@ -49,8 +50,8 @@ def plan(composed: Composed) -> dict[str, Any]:
         **adapter,
         "adapter_mb": round(adapter["trainable_parameters"] * TRAINED_ITEMSIZE / 1e6, 3),
         "memory": memory.estimate.as_dict() if memory else None,
-        "data": rows.as_dict(),
-        "warnings": [*composed.warnings, *checked.notes, *rows.warnings],
+        "data": rows.prepared.as_dict(),
+        "warnings": [*composed.warnings, *checked.notes, *rows.prepared.warnings],
     }
 
 

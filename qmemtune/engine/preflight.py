@@ -24,7 +24,7 @@ from qmemtune.data.rows import TokenRows
 from qmemtune.engine.arguments import refuse_data_parallel
 from qmemtune.engine.findings import Findings
 from qmemtune.engine.folder import Opened, open_run
-from qmemtune.engine.memory.estimate import RunMemory, Workload
+from qmemtune.engine.memory.estimate import TRAINED_ITEMSIZE, RunMemory, Workload
 from qmemtune.engine.memory.fit import Memory, capacity, fit_warning, size
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
 from qmemtune.engine.memory.weights import optimizer_bytes
@@ -39,9 +39,6 @@ from qmemtune.models.hardware import compute_dtype
 from qmemtune.models.loading import load_tokenizer, refuse_second_quantization
 from qmemtune.rundir import RunDir
 
-TRAINED_ITEMSIZE = 4
-"""Adapter weights are trained and saved in float32."""
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -52,22 +49,6 @@ class Rows:
     """Training rows as batches see them."""
     tokenizer: Any
     """None in a regression."""
-
-    @property
-    def tokens(self) -> int:
-        """In all training rows; of a regression a row counts as one."""
-        if isinstance(self.prepared, RegressionData):
-            return len(self.prepared.train)
-        return self.prepared.report.train.tokens
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report on the rows, for scripts."""
-        return self.prepared.as_dict() if isinstance(self.prepared, RegressionData) else self.prepared.report.as_dict()
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know about the rows."""
-        return [] if isinstance(self.prepared, RegressionData) else self.prepared.report.warnings
 
 
 @dataclass(frozen=True)

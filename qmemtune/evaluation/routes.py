@@ -167,7 +167,7 @@ def observe(
     options: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     for indices in length_batches([len(row["input_ids"]) for row in rows], batch_size):
         batch = collate([dict(rows[i]) for i in indices])
-        with _batch_observer(memory, routes, indices, batch["input_ids"], batch["attention_mask"].bool()):
+        with _BatchObserver(memory, routes, indices, batch["input_ids"], batch["attention_mask"].bool()):
             on_device = to_device(batch, device)
             with evaluation_forward(batch["instruction"], source, cast):
                 model(
@@ -182,7 +182,7 @@ def observe(
     return routes
 
 
-class _batch_observer:  # noqa: N801 - used as a context manager
+class _BatchObserver:
     """Sums the routes of one batch into ``routes`` while open."""
 
     def __init__(

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from qmemtune.config.adapters import QueryableConfig
-from qmemtune.config.schema import Config
+from qmemtune.config.schema import LIVE_FORMATS, Config
 from qmemtune.export.marker import public
 from qmemtune.models.sources import PACKAGE, Source
 from qmemtune.rundir import RunDir, read_json
@@ -16,8 +16,7 @@ METRICS = ("loss", "perplexity", "exact_match")
 FORMS = {
     "merged": "a complete model; the update is part of its weights",
     "lora": "a standard PEFT LoRA adapter",
-    "live": "the exact, input-dependent model: the adapter as trained, a PEFT folder",
-    "adapter": "the exact, input-dependent model: the adapter as trained, a PEFT folder",
+    **dict.fromkeys(LIVE_FORMATS, "the exact, input-dependent model: the adapter as trained, a PEFT folder"),
 }
 METHODS = {
     "lora": "LoRA through PEFT.",

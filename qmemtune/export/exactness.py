@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from qmemtune.config.adapters import MethodConfig
-from qmemtune.config.schema import Config
+from qmemtune.config.schema import LIVE_FORMATS, Config
 from qmemtune.engine.restore import require_adapter
 from qmemtune.errors import UserError
-from qmemtune.models.failures import explained
+from qmemtune.models.configs import read_config
 from qmemtune.models.loading import refuse_stored_quantised
 from qmemtune.models.sources import resolve
 from qmemtune.rundir import RunDir
@@ -38,7 +36,7 @@ class Exactness:
 def exactness(config: Config, form: str) -> Exactness:
     """What a form of the export is, as far as the config tells."""
     quantised = config.quantization.kind != "none"
-    if form in ("live", "adapter"):
+    if form in LIVE_FORMATS:
         return Exactness("exact", "the adapter as trained")
     if config.adapter.kind == "queryable":
         return Exactness("approximate", ROUTED)
@@ -92,13 +90,7 @@ def obstacle(run: RunDir, config: Config, form: str) -> str | None:
         if form != "merged":
             return None
         source = resolve(config.model.path, config.model.revision)
-        with explained(source):
-            found = AutoConfig.from_pretrained(
-                source.location,
-                revision=source.revision or "main",
-                trust_remote_code=config.model.trust_remote_code,
-            )
-        refuse_stored_quantised(source, found)
+        refuse_stored_quantised(source, read_config(source, config.model))
     except UserError as error:
         return error.findings[0].problem
     return None

@@ -77,11 +77,7 @@ def refuse_too_far(job: Export, what: str, measured: Mapping[str, Any] | None) -
     if not reasons:
         return
     if not config.force:
-        exact = (
-            "export.format=live is exact"
-            if not job.config.export.is_live
-            else "is the base the one that was trained on?"
-        )
+        exact = "export.format=live is exact" if not config.is_live else "is the base the one that was trained on?"
         raise RunFailed(
             f"the export is too far from the live model and was not kept: {'; '.join(reasons)}",
             where=what,

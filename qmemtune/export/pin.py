@@ -6,11 +6,10 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from qmemtune.config.schema import ModelConfig
 from qmemtune.errors import UserError
 from qmemtune.export.basefiles import open_base
+from qmemtune.models.configs import read_config
 from qmemtune.models.sources import Source, resolve
 
 
@@ -18,10 +17,7 @@ def pinned(source: Source, model: ModelConfig) -> Source:
     """The source with the commit that its files are of; a local one as it is."""
     if source.is_local:
         return source
-    config = AutoConfig.from_pretrained(
-        source.location, revision=source.revision or "main", trust_remote_code=model.trust_remote_code
-    )
-    return replace(source, revision=getattr(config, "_commit_hash", None) or source.revision)
+    return replace(source, revision=getattr(read_config(source, model), "_commit_hash", None) or source.revision)
 
 
 def weights_digest(source: Source) -> str | None:

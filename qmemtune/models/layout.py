@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
 from qmemtune.models.bitsandbytes import bitsandbytes_config
-from qmemtune.models.failures import explained
+from qmemtune.models.configs import empty_model, read_config
 from qmemtune.models.loading import refuse_stored_quantised
 from qmemtune.models.sources import Source
 
@@ -74,13 +74,9 @@ def read_layout(config: ModelConfig, quantization: QuantizationConfig, source: S
     Raises:
         UserError: the config cannot be read, or the files are stored quantised.
     """
-    with explained(source):
-        found = AutoConfig.from_pretrained(
-            source.location, revision=source.revision or "main", trust_remote_code=config.trust_remote_code
-        )
-        refuse_stored_quantised(source, found)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+    found = read_config(source, config)
+    refuse_stored_quantised(source, found)
+    model = empty_model(source, config, found)
     tied = dict(model.all_tied_weights_keys or {})
     quantised: frozenset[str] = frozenset()
     bits = bitsandbytes_config(quantization, dtype)

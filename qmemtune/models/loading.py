@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateSyntaxError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
 from qmemtune.models.bitsandbytes import bitsandbytes_config, keep_4bit_trainable
+from qmemtune.models.configs import read_config
 from qmemtune.models.dequantized import refuse_copies
 from qmemtune.models.failures import explained
 from qmemtune.models.hardware import compute_dtype, pick_device
@@ -153,10 +154,7 @@ def refuse_stored_quantised(source: Source, config: Any) -> None:
 
 def _own_quantization(source: Source, config: ModelConfig) -> Any:
     """The quantisation that the model's files are stored in, or ``None``."""
-    found = AutoConfig.from_pretrained(
-        source.location, revision=source.revision or "main", trust_remote_code=config.trust_remote_code
-    )
-    return getattr(found, "quantization_config", None)
+    return getattr(read_config(source, config), "quantization_config", None)
 
 
 def _from_pretrained(source: Source, config: ModelConfig, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:

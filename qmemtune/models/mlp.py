@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmemtune.config.schema import MlpConfig
-from qmemtune.models.gguf import cache_root
+from qmemtune.models.gguf import models_root
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def trained_mlp(
     """
     model = Mlp(inputs, outputs, width=config.width, depth=config.depth)
     described = f"{config}|{inputs}|{outputs}|{seed}|{problem}|{torch.__version__}|{LAYOUT}"
-    file = cache_root() / f"mlp-{hashlib.sha256(described.encode()).hexdigest()[:16]}.safetensors"
+    file = models_root() / f"mlp-{hashlib.sha256(described.encode()).hexdigest()[:16]}.safetensors"
     if file.is_file():
         model.load_state_dict(load_file(file))
     else:

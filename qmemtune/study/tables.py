@@ -147,7 +147,7 @@ def entries(study: Mapping[str, Any], setting: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def table(head: Row, rows: Sequence[Row]) -> str:
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -13,8 +13,9 @@ from qmemtune.config.schema import MlpConfig, RegressionDataConfig
 from qmemtune.data.regression import Functions
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
+from qmemtune.models.gguf import models_root
 from qmemtune.models.mlp import trained_mlp
-from qmemtune.rundir import RunDir, read_json
+from qmemtune.rundir import RunDir, cache_root, read_json
 
 SMALL = [
     "recipe=regression_noisy", "data.regression.rows=256", "data.regression.heldout_rows=128", "model.mlp.width=16",
@@ -55,6 +56,8 @@ def test_the_base_has_learned_the_first_function_and_is_kept(session_cache):
     first = base()
     assert (first(x) - functions.first(x)).square().mean() < 0.3 * functions.first(x).var()
     torch.testing.assert_close(base()(x), first(x), rtol=0, atol=0)
+    assert list(models_root().glob("mlp-*.safetensors")), "it belongs beside the other models in the cache"
+    assert not list(cache_root().glob("mlp-*"))
 
 
 def test_the_second_function_differs_by_the_given_spread():

@@ -23,7 +23,7 @@ from qmemtune.adapters.queryable.devices import no_autocast
 
 def routed_product(routed: Tensor, z: Tensor) -> Tensor:
     """``C z``, one small product a token, without gradient. Shapes: routed (..., R, R), z (..., R), of one type."""
-    if routed.is_cuda or not torch.is_floating_point(z) or z.dtype != torch.float32:
+    if routed.is_cuda or z.dtype != torch.float32:
         return (routed @ z.unsqueeze(-1)).squeeze(-1)
     return (routed * z.unsqueeze(-2)).sum(dim=-1)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class EmbeddingCache:
         """The embeddings that are there, float32 vectors on the CPU."""
         found = {}
         try:
-            with self._open() as database:
+            with closing(self._open()) as database:
                 for text in texts:
                     row = database.execute("SELECT vector FROM embeddings WHERE text = ?", (_key(text),)).fetchone()
                     if row is not None:
@@ -102,7 +103,7 @@ class EmbeddingCache:
         """Keep embeddings."""
         rows = [(_key(text), vector.float().numpy().tobytes()) for text, vector in embeddings.items()]
         try:
-            with self._open() as database:
+            with closing(self._open()) as database, database:
                 database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
         except (OSError, sqlite3.Error):
             return

@@ -36,7 +36,7 @@ MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 """Environment variable: from so many bytes on glibc gives memory back as soon as it is freed."""
 SMALL_THRESHOLD = 2**20
 TRAINED_ITEMSIZE = 4
-"""Adapter weights and their gradients are float32."""
+"""Adapter weights and their gradients are float32, in memory and in files."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
     device = here if device_name == "auto" else torch.device(device_name)
     workload, notes = largest_workload(config)
     if device.type == "cuda" and here.type != "cuda" and config.model.compute_dtype == "auto":
-        config.model.compute_dtype = "bfloat16"
+        config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
     memory = RunMemory(config, device, weights=False)
     estimate = memory.estimate(workload)
     limit = capacity(device) if device.type == here.type else None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qmemtune.adapters import apply_adapter
 from qmemtune.config.adapters import AdapterConfig, LoraConfig
 from qmemtune.config.checks import is_regression
 from qmemtune.config.schema import Config, ModelConfig
-from qmemtune.models.failures import explained
+from qmemtune.models.configs import empty_model, read_config
 from qmemtune.models.mlp import Mlp
 from qmemtune.models.sources import resolve
 
@@ -37,19 +36,11 @@ def base_skeleton(config: Config, *, weights: bool = True) -> nn.Module:
 def language_skeleton(config: ModelConfig, *, weights: bool = True) -> PreTrainedModel:
     """See :func:`base_skeleton`."""
     source = resolve(config.path, config.revision, weights=weights)
-    with explained(source):
-        loaded = AutoConfig.from_pretrained(
-            source.location, revision=source.revision or "main", trust_remote_code=config.trust_remote_code
-        )
-        options = {}
-        if config.attn_implementation in ("eager", "sdpa"):
-            # Other kernels may not be installed here; like sdpa they hold no weights of the attention.
-            options["attn_implementation"] = config.attn_implementation
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                loaded, trust_remote_code=config.trust_remote_code, **options
-            )
-    return model.requires_grad_(False)
+    options = {}
+    if config.attn_implementation in ("eager", "sdpa"):
+        # Other kernels may not be installed here; like sdpa they hold no weights of the attention.
+        options["attn_implementation"] = config.attn_implementation
+    return empty_model(source, config, read_config(source, config), **options).requires_grad_(False)
 
 
 def adapted_skeleton(config: Config, base: nn.Module) -> PeftModel:
