@@ -2,7 +2,7 @@
 
 ``word_lists`` mixes instruction families that want different things of the same kind of input. The words are single
 tokens in most byte-level vocabularies, so rows are short; the answers are exact. ``word_lists_hard`` asks for twelve
-things by made-up words. A change to the rows a name makes is a new name: results stay comparable.
+things by made-up words, ``word_lists_many`` for 24. A change to the rows a name makes is a new name: results stay comparable.
 """
 
 from __future__ import annotations
@@ -47,10 +47,28 @@ HARD_FAMILIES: Families = {
 }
 
 NUM_WORDS = 4
+
+
+def picked(order: str) -> Callable[[list[str]], list[str]]:
+    """The words at these places, counted from 1: ``4321`` is the list backwards."""
+    return lambda words: [words[int(place) - 1] for place in order]
+
+
+# Nothing here is hard in itself, and there are many of them: what a command stands for must be remembered, and the
+# words moved by it. So it is the number of directions that is short, not the steps to learn one thing, as in sorting.
+MANY_COMMANDS = (
+    "Zorp 4321, Blick 2341, Trund 4123, Vemp 4231, Quash 2143, Frob 3412, Glim 1324, Dwell 3214, Yark 1432, Plim 2134, "
+    "Snar 1243, Krill 3142, Mosk 2413, Tolv 4312, Brane 3421, Huld 1342, Orv 1423, Pesk 124, Wuld 134, Stig 234, "
+    "Crem 12344, Nalv 11234, Flen 1144, Jurb 1122"
+)
+MANY_FAMILIES: Families = {
+    order: (command, picked(order)) for command, order in (pair.split() for pair in MANY_COMMANDS.split(", "))
+}
 TRAIN_ROWS = 4_000
 HARD_TRAIN_ROWS = 8_000
 HELDOUT_ROWS_A_FAMILY = 20
 HARD_HELDOUT_ROWS_A_FAMILY = 40
+MANY_HELDOUT_ROWS_A_FAMILY = 20
 
 
 def word_lists() -> tuple[list[Row], list[Row]]:
@@ -61,6 +79,11 @@ def word_lists() -> tuple[list[Row], list[Row]]:
 def word_lists_hard() -> tuple[list[Row], list[Row]]:
     """Training and held-out rows of twelve families whose instructions are made-up words."""
     return mixed(HARD_FAMILIES, seed=20262, train_rows=HARD_TRAIN_ROWS, heldout_rows=HARD_HELDOUT_ROWS_A_FAMILY)
+
+
+def word_lists_many() -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows of 24 families, each an order of the words under a made-up word."""
+    return mixed(MANY_FAMILIES, seed=20263, train_rows=HARD_TRAIN_ROWS, heldout_rows=MANY_HELDOUT_ROWS_A_FAMILY)
 
 
 def mixed(kinds: Families, *, seed: int, train_rows: int, heldout_rows: int) -> tuple[list[Row], list[Row]]:
@@ -114,6 +137,7 @@ def word_lists_paraphrased() -> tuple[list[Row], list[Row]]:
 GENERATED: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
     "word_lists": word_lists,
     "word_lists_hard": word_lists_hard,
+    "word_lists_many": word_lists_many,
     "word_lists_paraphrased": word_lists_paraphrased,
 }
 """Name -> function that makes the training and the held-out rows."""
