@@ -88,6 +88,11 @@ class RunDir:
         return self.path / "distilled"
 
     @property
+    def profile(self) -> Path:
+        """Trace of a few training steps, in Chrome's format."""
+        return self.path / "profile.json"
+
+    @property
     def tracking(self) -> Path:
         """Files of logging back-ends (TensorBoard events and the like)."""
         return self.path / "tracking"

@@ -238,6 +238,8 @@ class TrainerConfig:
     """Processes that prepare batches beside the training process."""
     deterministic: bool = False
     """Use only deterministic kernels (slower on GPUs)."""
+    profile: bool = False
+    """Profile steps 5 to 7: print the ten costliest operations, and write a trace into the run folder."""
 
 
 @dataclass

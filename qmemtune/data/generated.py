@@ -2,7 +2,8 @@
 
 ``word_lists`` mixes instruction families that want different things of the same kind of input. The words are single
 tokens in most byte-level vocabularies, so rows are short; the answers are exact. ``word_lists_hard`` asks for twelve
-things by made-up words, ``word_lists_many`` for 24. A change to the rows a name makes is a new name: results stay comparable.
+things by made-up words, ``word_lists_many`` for 24. A change to the rows a name makes is a new name: results stay
+comparable.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.engine.resume import check_resumable
 from qmemtune.engine.setup import build
 from qmemtune.engine.shared import Loads
+from qmemtune.engine.step_profile import StepProfile
 from qmemtune.engine.steps import StepCount, count_steps
 from qmemtune.engine.task import Task
 from qmemtune.engine.totals import Totals
@@ -194,7 +195,10 @@ def make_trainer(
         totals=totals,
         best=best,
     )
-    return RunTrainer(args, parts)
+    trainer = RunTrainer(args, parts)
+    if config.trainer.profile and first:
+        trainer.add_callback(StepProfile(run.profile, progress.message))
+    return trainer
 
 
 def go(trainer: RunTrainer, task: Task, opened: Opened) -> None:

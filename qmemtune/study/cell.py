@@ -15,7 +15,7 @@ from qmemtune.engine.run import train
 from qmemtune.engine.shared import Loads
 from qmemtune.errors import Diverged
 from qmemtune.rundir import RunDir
-from qmemtune.study.cells import Cell, digest_of
+from qmemtune.study.cells import Cell, decisive, is_run_of
 from qmemtune.study.folder import StudyDir
 
 KEPT = ("trainable_parameters", "adapter_kind", "steps", "train_loss", "step_s_median", "tokens_per_s", "peak_rss_mib")
@@ -39,6 +39,7 @@ def run_cell(cell: Cell, folder: StudyDir, loads: Loads) -> dict[str, Any]:
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "digest": cell.digest,
+        "config": decisive(cell.config),
         "diverged": False,
     }
     try:
@@ -61,12 +62,12 @@ def run_cell(cell: Cell, folder: StudyDir, loads: Loads) -> dict[str, Any]:
 def goes_on(run: RunDir, cell: Cell) -> bool:
     """Whether an interrupted run of this very cell can go on; whatever else lies in its folder is removed."""
     started = run.path / "cell.json"
-    same = started.is_file() and json.loads(started.read_text(encoding="utf-8"))["digest"] == cell.digest
+    same = started.is_file() and is_run_of(json.loads(started.read_text(encoding="utf-8")), cell.config)
     if same and complete_checkpoints(run.checkpoints):
         return True
     shutil.rmtree(run.path, ignore_errors=True)
     run.path.mkdir(parents=True)
-    started.write_text(json.dumps({"digest": digest_of(cell.config)}), encoding="utf-8")
+    started.write_text(json.dumps(decisive(cell.config)), encoding="utf-8")
     return False
 
 

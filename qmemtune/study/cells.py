@@ -44,13 +44,32 @@ class Cell:
     @property
     def digest(self) -> str:
         """Of all that its numbers depend on, as far as the config says."""
-        return digest_of(self.config)
+        whole = json.dumps(decisive(self.config), sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
-def digest_of(config: Config) -> str:
-    """A digest of the parts of a config that matter to a run's numbers."""
+def decisive(config: Config) -> dict[str, Any]:
+    """The parts of a config that matter to a run's numbers, as JSON has them."""
     kept = {name: value for name, value in to_dict(config).items() if name not in UNHASHED}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    whole: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True))
+    return whole
+
+
+def is_run_of(stored: Any, config: Config) -> bool:
+    """Whether a run with the decisive parts ``stored`` has the numbers of ``config``.
+
+    An option that did not exist then counts with its default, which is what the run did.
+    """
+    defaults = decisive(Config(adapter=type(config.adapter)()))
+    return isinstance(stored, dict) and _filled(stored, defaults) == decisive(config)
+
+
+def _filled(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    filled = {name: stored.get(name, value) for name, value in defaults.items()} | stored
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(filled[name], dict):
+            filled[name] = _filled(filled[name], value)
+    return filled
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qmemtune.errors import UserError
 from qmemtune.rundir import RunDir, write_json
-from qmemtune.study.cells import Cell
+from qmemtune.study.cells import Cell, is_run_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StudyDir:
             raise UserError(
                 f"not valid JSON: {error}", where=str(self.result(cell)), fix="remove the file; its cell runs again"
             ) from None
-        return stored if stored.get("digest") == cell.digest else None
+        return stored if is_run_of(stored.get("config"), cell.config) else None
 
     def unfinished(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells that are still to be run."""

@@ -6,7 +6,7 @@ import pytest
 
 from qmemtune.config.study import StudyConfig
 from qmemtune.errors import UserError
-from qmemtune.study.cells import make_plan
+from qmemtune.study.cells import decisive, is_run_of, make_plan
 from qmemtune.study.options import read_request
 from qmemtune.study.run import plan_study, trainable_parameters
 from qmemtune.study.studies import find_study, names
@@ -93,6 +93,16 @@ def test_a_digest_knows_what_changes_numbers():
     first, again, other = (regression("study.variants=[queryable]", *more).cells[0] for more in (
         [], ["tracking.project=x"], ["trainer.max_steps=9"]))  # fmt: skip
     assert first.digest == again.digest != other.digest
+
+
+def test_a_run_from_before_an_option_existed_counts_while_the_option_has_its_default():
+    cell = regression("study.variants=[queryable]").cells[0]
+    earlier = decisive(cell.config)
+    del earlier["trainer"]["profile"], earlier["adapter"]["top_k"]
+    assert is_run_of(earlier, cell.config)
+    assert not is_run_of(earlier, regression("study.variants=[queryable]", "adapter.top_k=3").cells[0].config)
+    assert not is_run_of(earlier | {"no_longer_known": 1}, cell.config)
+    assert not is_run_of(None, cell.config)
 
 
 def test_ablations_change_one_thing_at_equal_parameters_where_they_say_so():
