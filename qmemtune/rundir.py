@@ -48,6 +48,11 @@ class RunDir:
         return self.path / "rejected.jsonl"
 
     @property
+    def bad_steps(self) -> Path:
+        """Steps that were left out because loss or gradient was no number, with their rows, one JSON object a line."""
+        return self.path / "bad_steps.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of training checkpoints, ``checkpoint-<step>``."""
         return self.path / "checkpoints"

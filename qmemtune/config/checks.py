@@ -48,6 +48,7 @@ AT_LEAST_ONE = (
     "trainer.gradient_accumulation_steps",
     "trainer.logging_steps",
     "trainer.route_stats_steps",
+    "trainer.max_bad_steps",
     "trainer.save_steps",
     "trainer.save_total_limit",
     "trainer.early_stopping_patience",

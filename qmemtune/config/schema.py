@@ -226,6 +226,9 @@ class TrainerConfig:
     route_stats_steps: int | None = 20
     """Queryable memory only: log how the router uses its atoms every so many optimizer steps, and warn when it has
     collapsed; never if null."""
+    max_bad_steps: int = 5
+    """Stop after so many optimizer steps in a row whose loss or gradient is no number. Each such step is left out and
+    its rows are named in bad_steps.jsonl."""
     save_steps: int | None = None
     """Save a checkpoint every so many optimizer steps; if not set, at the end only (and when interrupted)."""
     save_total_limit: int | None = 2

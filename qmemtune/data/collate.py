@@ -16,7 +16,7 @@ class Collator:
     """Pads rows on the right to the longest of them.
 
     Returns, when called with B rows, ``input_ids``, ``attention_mask`` and ``labels``, LongTensors of shape (B, T), and
-    ``instruction``, a list of B texts.
+    ``instruction`` and ``origin`` (file and line), lists of B texts.
     """
 
     pad_token_id: int
@@ -41,4 +41,5 @@ class Collator:
             "attention_mask": attention_mask_BT,
             "labels": labels_BT,
             "instruction": [row.get("instruction", "") for row in rows],
+            "origin": [row.get("origin", "") for row in rows],
         }

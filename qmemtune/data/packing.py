@@ -45,7 +45,8 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 class PackedRows(Sequence[dict[str, Any]]):
-    """Packs of rows; each has ``input_ids``, ``labels`` and ``position_ids``, lists of one length.
+    """Packs of rows; each has ``input_ids``, ``labels`` and ``position_ids``, lists of one length, and ``origin``,
+    which says where each of its rows comes from.
 
     Args:
         rows: what is packed.
@@ -69,12 +70,13 @@ class PackedRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        packed: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": []}
+        packed: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": [], "origin": []}
         for i in self.packs[index]:
             row = self.rows[i]
             packed["input_ids"] += row["input_ids"]
             packed["labels"] += row["labels"]
             packed["position_ids"] += range(len(row["input_ids"]))
+            packed["origin"].append(row["origin"])
         return packed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -92,8 +94,9 @@ class PackCollator:
     """Pads packs on the right to the longest of them.
 
     Returns, when called with B packs, ``input_ids``, ``labels``, ``position_ids`` and ``attention_mask``, LongTensors
-    of shape (B, T), and ``instruction``, B empty texts. The mask says which tokens are real and is not for the model,
-    which would take it to mean that each sequence is one row; padding has positions of its own, as one more row.
+    of shape (B, T), ``instruction``, B empty texts, and ``origin``, a text for each row in any pack. The mask says
+    which tokens are real and is not for the model, which would take it to mean that each sequence is one row; padding
+    has positions of its own, as one more row.
     """
 
     pad_token_id: int
@@ -111,4 +114,5 @@ class PackCollator:
             columns["position_ids"].append([*pack["position_ids"], *range(rest)])
             columns["attention_mask"].append([1] * length + [0] * rest)
         batch: dict[str, Any] = {name: torch.tensor(values) for name, values in columns.items()}
-        return {**batch, "instruction": [""] * len(packs)}
+        origins = [origin for pack in packs for origin in pack.get("origin", [])]
+        return {**batch, "instruction": [""] * len(packs), "origin": origins}

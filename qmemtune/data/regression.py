@@ -83,8 +83,8 @@ class TensorRows(Sequence[dict[str, Tensor]]):
         return {"x": self.x[index], "y": self.y[index]}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A whole batch, as torch's loader asks for it."""
-        return {"x": self.x[indices], "y": self.y[indices]}
+        """A whole batch, as torch's loader asks for it, with ``row``, the rows' numbers."""
+        return {"x": self.x[indices], "y": self.y[indices], "row": torch.tensor(indices)}
 
 
 def collate(batch: Any) -> dict[str, Tensor]:

@@ -62,10 +62,16 @@ class LanguageTask(Task):
         instructed = torch.tensor([bool(text) for text in batch["instruction"]], device=mask.device)
         return torch.stack([count_targets(batch["labels"]), mask.sum(), mask[instructed].sum()])
 
+    def origins(self, batch: Batch) -> list[str]:
+        """File and line of each row."""
+        origins: list[str] = batch["origin"]
+        return origins
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over labelled tokens."""
         inputs = dict(batch)
         instructions = inputs.pop("instruction")
+        inputs.pop("origin", None)
         if "position_ids" in inputs:
             # Packed rows: a mask would tell transformers that each sequence is one row.
             inputs.pop("attention_mask")

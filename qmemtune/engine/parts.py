@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.utils.data import Sampler
 
 from qmemtune.config.schema import Config
+from qmemtune.engine.bad_steps import BadSteps
 from qmemtune.engine.best import Best
 from qmemtune.engine.heldout import HeldOut
 from qmemtune.engine.interrupt import StopRequest
@@ -31,3 +32,4 @@ class Parts:
     stop: StopRequest
     totals: Totals
     best: Best
+    bad_steps: BadSteps

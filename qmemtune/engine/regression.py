@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qmemtune.config.checks import NOISY_REGRESSION
 from qmemtune.config.schema import Config, MlpConfig
 from qmemtune.data.regression import RegressionData, collate
 from qmemtune.engine.task import Batch, Task
@@ -56,6 +57,10 @@ class RegressionTask(Task):
     def count(self, batch: Batch) -> Tensor:
         """Rows, rows, and none under an instruction."""
         return self.one_each * len(batch["x"])
+
+    def origins(self, batch: Batch) -> list[str]:
+        """Numbers of the generated rows."""
+        return [f"{NOISY_REGRESSION}:{row}" for row in batch["row"].tolist()]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Squared errors summed over rows, averaged over a target's outputs."""

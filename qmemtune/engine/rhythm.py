@@ -47,14 +47,14 @@ class Stepped(Protocol):
     def begin_epoch(self, epoch: int) -> None:
         """Order the rows of an epoch."""
 
-    def check_loss(self) -> None:
+    def check_step(self) -> None:
         """Called before the optimizer's step."""
 
     def end_step(self) -> None:
         """Called after it."""
 
     def stop_requested(self) -> bool:
-        """Whether a signal asked to stop, in any process."""
+        """Whether a signal asked to stop, in any process, or too many steps in a row were bad."""
 
     def finish(self) -> None:
         """Called after the last step, while logging back-ends are still open."""
@@ -88,7 +88,7 @@ class Rhythm(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.run.check_loss()
+        self.run.check_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,6 +17,7 @@ from qmemtune.config.dump import to_yaml
 from qmemtune.config.schema import Config
 from qmemtune.engine import checkpoints
 from qmemtune.engine.arguments import refuse_data_parallel, settle, training_arguments
+from qmemtune.engine.bad_steps import BadSteps
 from qmemtune.engine.best import Best
 from qmemtune.engine.environment import describe_environment, peak_rss_mib, seconds_since_start
 from qmemtune.engine.folder import Opened, open_run, resume_command
@@ -64,7 +65,7 @@ def train(
 
     Raises:
         UserError: something in the config, the data or the checkpoint to resume cannot be used.
-        RunFailed: the loss is not a number.
+        Diverged: too many steps in a row had a loss or gradient that is no number.
         Interrupted: a signal stopped the run; a checkpoint is saved.
     """
     config = composed.config
@@ -124,6 +125,8 @@ def train(
                 go(trainer, task, opened)
         finally:
             progress.finish()
+        if trainer.parts.bad_steps.exhausted:
+            raise trainer.diverged()
         if trainer.interrupted:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {steps.total}; the checkpoint is saved",
@@ -148,7 +151,7 @@ def open_folder(opened: Opened, composed: Composed, args: TrainingArguments) -> 
     run.config.write_text(to_yaml(composed.config), encoding="utf-8")
     write_json(run.environment, describe_environment(seed=composed.config.seed, world_size=args.world_size))
     step = -1 if opened.checkpoint is None else opened.checkpoint.step
-    for path in (run.metrics, run.samples):
+    for path in (run.metrics, run.samples, run.bad_steps):
         JsonLines(path).truncate(step)
     run.checkpoints.mkdir(exist_ok=True)
     checkpoints.remove_later(run.checkpoints, step)
@@ -183,17 +186,26 @@ def make_trainer(
         stop=stop,
         world_size=args.world_size,
     )
+    metrics = JsonLines(run.metrics, enabled=first)
+    bad_steps = BadSteps(
+        config.trainer.max_bad_steps,
+        log=JsonLines(run.bad_steps, enabled=first),
+        metrics=metrics,
+        progress=progress,
+        totals=totals,
+    )
     parts = Parts(
         config=config,
         sampler=task.sampler(config, args.world_size),
         task=task,
         heldout=heldout,
         steps=steps,
-        metrics=JsonLines(run.metrics, enabled=first),
+        metrics=metrics,
         progress=progress,
         stop=stop,
         totals=totals,
         best=best,
+        bad_steps=bad_steps,
     )
     trainer = RunTrainer(args, parts)
     if config.trainer.profile and first:
@@ -249,6 +261,8 @@ def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | Non
             "peak_rss_mib": round(peak_rss_mib(), 1),
             "memory_estimate": memory.estimate.as_dict() if memory else None,
             "stopped_early": trainer.stopped_early,
+            "skipped_steps": totals.skipped_steps,
+            "loss_spikes": totals.loss_spikes,
             "router_collapsed_at_step": trainer.router.collapsed_at_step,
             "best_step": trainer.parts.best.step,
             "best_loss": trainer.parts.best.loss,

@@ -48,6 +48,10 @@ class Task(ABC):
         """Items in the loss, real tokens, and real tokens that the adapter's own term is a mean over; int64 (3,)."""
 
     @abstractmethod
+    def origins(self, batch: Batch) -> list[str]:
+        """Where a batch's rows come from: file and line, or number."""
+
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over a batch's items, and the adapter's own term.
 

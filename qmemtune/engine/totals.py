@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 
 FILE = "totals.json"
+RECENT = 50
+"""Losses that are remembered."""
 
 
 @dataclass
@@ -37,12 +39,27 @@ class Totals:
     run: Window = field(default_factory=Window)
     window: Window = field(default_factory=Window)
     step_seconds: list[float] = field(default_factory=list)
+    skipped_steps: int = 0
+    """Steps that were left out because loss or gradient was no number."""
+    loss_spikes: int = 0
+    """Steps whose loss jumped."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the latest steps."""
 
     def add(self, loss: float, tokens: int, seconds: float) -> None:
         """Add one optimizer step: its mean loss, real tokens over all processes, and seconds."""
         self.run.add(loss, tokens, seconds)
         self.window.add(loss, tokens, seconds)
         self.step_seconds.append(round(seconds, 6))
+
+    def add_skipped(self, seconds: float) -> None:
+        """Add the time of a step that was left out."""
+        self.run.seconds += seconds
+        self.window.seconds += seconds
+
+    def remember(self, loss: float) -> None:
+        """Add to the latest losses."""
+        self.recent_losses = [*self.recent_losses[1 - RECENT :], loss]
 
     def take_window(self) -> Window:
         """The steps since the last call."""
@@ -73,7 +90,8 @@ class Totals:
     def load(cls, folder: Path) -> Totals:
         """Read from a checkpoint folder."""
         stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return cls(Window(**stored["run"]), Window(**stored["window"]), stored["step_seconds"])
+        stored["run"], stored["window"] = Window(**stored["run"]), Window(**stored["window"])
+        return cls(**stored)
 
 
 class Stopwatch:

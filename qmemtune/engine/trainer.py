@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
@@ -60,7 +63,10 @@ class RunTrainer(Trainer):
         self._step_losses = torch.zeros(2, device=args.device)
         # What Task.count counts, in all processes.
         self._step_counts = torch.ones(3, dtype=torch.long, device=args.device)
-        self._loss = 0.0
+        self._batches: list[Any] = []
+        self._grad_norm: Any = None
+        self._loss: float | None = 0.0
+        """Mean loss of the latest step; None if the step was left out."""
         self._stopping = False
         self._end_abandoned = False
         self.stopped_early = False
@@ -96,7 +102,7 @@ class RunTrainer(Trainer):
         """The batches of one optimizer step, and the items in them over all processes."""
         self._stopwatch.start()
         self.router.begin(self.state.global_step + 1)
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = self._batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         counts = torch.stack([self.parts.task.count(batch) for batch in batches]).sum(dim=0)
@@ -135,24 +141,65 @@ class RunTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def check_loss(self) -> None:
-        """Take the step's mean loss over all processes; stop before the optimizer uses a broken one."""
-        losses = self.accelerator.reduce(self._step_losses, "mean")
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def check_step(self) -> None:
+        """Take the step's mean loss over all processes; leave the step out if loss or gradient is no number."""
+        norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
+        norm = torch.as_tensor(0.0 if norm is None else norm).to(self._step_losses).reshape(1)
+        # One number that is none makes the mean over all processes none: they decide alike.
+        numbers = self.accelerator.reduce(torch.cat([self._step_losses, norm]), "mean").tolist()
         self._step_losses = torch.zeros_like(self._step_losses)
-        self._loss, step = losses[0].item(), self.state.global_step + 1
-        if not bool(losses.isfinite().all()):
-            raise Diverged(
-                f"the loss of step {step} is {losses[1].item()}",
-                where="training",
-                fix="lower optimizer.learning_rate, or use model.compute_dtype=float32; the last checkpoint is intact",
-            )
+        self._loss, step = numbers[0], self.state.global_step + 1
+        if all(map(math.isfinite, numbers)):
+            self.parts.bad_steps.take(step, numbers[0])
+        elif math.isfinite(numbers[1]) and self._overflow_is_expected():
+            return
+        else:
+            self._loss = None
+            # An optimizer passes over parameters without a gradient: neither they nor its state change.
+            self.optimizer.zero_grad()
+            # Else Trainer's own sum would never be a number again.
+            self._tr_loss.zero_()
+            rows = [origin for batch in self._batches for origin in self.parts.task.origins(batch)]
+            self.parts.bad_steps.skip(step, numbers[1], numbers[2], gather_object(rows))
+            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                raise Diverged(
+                    f"the loss of step {step} is {numbers[1]}, and DeepSpeed has applied its gradient already",
+                    where=str(self.parts.bad_steps.log.path),
+                    fix="go on from the last checkpoint with a lower optimizer.learning_rate",
+                )
+
+    def _overflow_is_expected(self) -> bool:
+        """Whether the gradient of float16 training overflowed because the loss scale is still too high.
+
+        The scaler leaves such a step out and lowers the scale.
+        """
+        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
+
+    def diverged(self) -> Diverged:
+        """The error of a run that too many bad steps ended."""
+        bad, step = self.parts.bad_steps, self.state.global_step
+        steps = f"the last {bad.in_a_row} steps were" if bad.in_a_row > 1 else "the last step was"
+        return Diverged(
+            f"{steps} left out because loss or gradient is no number ({bad.latest} at step {step}); "
+            f"the state before them is kept in checkpoint-{step}",
+            where=str(bad.log.path),
+            fix="look at the rows named there, lower optimizer.learning_rate, or use model.compute_dtype=float32",
+        )
 
     def end_step(self) -> None:
         use = self.router.end(self.args.device, lambda table: self.accelerator.reduce(table, "sum"))
         seconds = self._stopwatch.seconds
         if self.first_step_done_s is None:
             self.first_step_done_s = round(seconds_since_start(), 3)
-        self.parts.totals.add(self._loss, int(self._step_counts[1].item()), seconds)
+        if self._loss is None:
+            self.parts.totals.add_skipped(seconds)
+        else:
+            self.parts.totals.add(self._loss, int(self._step_counts[1].item()), seconds)
+        self._batches = []
         self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
         if use is not None:
             self._log_routes(use)
@@ -171,7 +218,7 @@ class RunTrainer(Trainer):
             self.parts.progress.message(warning)
 
     def stop_requested(self) -> bool:
-        return self._stopping
+        return self._stopping or self.parts.bad_steps.exhausted
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: Trainer's estimate walks over the whole model for every batch."""
@@ -186,7 +233,7 @@ class RunTrainer(Trainer):
             return
         if "loss" in logs:
             window = self.parts.totals.take_window()
-            logs["loss"] = window.loss / max(window.steps, 1)
+            logs["loss"] = window.loss / window.steps if window.steps else math.nan
             logs["tokens_per_s"] = window.tokens / window.seconds if window.seconds > 0 else 0.0
             logs |= self.prior_schedule.values()
             super().log(logs, start_time)
@@ -236,7 +283,8 @@ class RunTrainer(Trainer):
     @property
     def interrupted(self) -> bool:
         """Whether a signal stopped the run before its end, be it in the last evaluation."""
-        return self._end_abandoned or (self._stopping and not self.complete and not self.stopped_early)
+        unfinished = self._stopping and not self.complete and not self.stopped_early
+        return self._end_abandoned or (unfinished and not self.parts.bad_steps.exhausted)
 
     def measure(self, due: Due) -> dict[str, Any]:
         """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
@@ -263,7 +311,7 @@ class RunTrainer(Trainer):
 
     def finish(self) -> None:
         """After the last step: go back to the best adapter if it is to be kept, and evaluate what the run ends with."""
-        if self.interrupted:
+        if self.interrupted or self.parts.bad_steps.exhausted:
             return
         try:
             self._finish()
@@ -304,5 +352,7 @@ class RunTrainer(Trainer):
             self.parts.best.save(written)
             facts = {"step": self.state.global_step, "world_size": self.args.world_size}
             checkpoints.complete(written, root, {**facts, "rows_per_step": self.parts.steps.rows_per_step})
-            checkpoints.rotate(root, self.parts.config.trainer.save_total_limit)
+            if not self.parts.bad_steps.exhausted:
+                # Weights that lead to bad steps only may be worse than those of every earlier checkpoint.
+                checkpoints.rotate(root, self.parts.config.trainer.save_total_limit)
         self.accelerator.wait_for_everyone()
