@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from dataclasses import asdict, dataclass
+
+WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""A full disk, a quota, a limit on a file's size, a broken or read-only device."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,19 @@ class RunFailed(UserError):
 
 class Diverged(RunFailed):
     """The loss of a run is no longer a number."""
+
+
+# Of a full disk or an exceeded quota, as C++ and Rust libraries tell of it.
+_WRITING = re.compile(
+    r"inline_container\.cc|iostream error|PytorchStreamWriter"
+    r"|(No space left on device|File too large|Disk quota exceeded|Read-only file system|Input/output error)",
+)
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why a file could not be written in full, if that is what an error of any library says; else None."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in WRITE_FAULTS else None
+    of_a_library = isinstance(error, RuntimeError) or "Safetensor" in type(error).__name__
+    found = _WRITING.search(str(error)) if of_a_library else None
+    return None if found is None else found[1] or "the disk takes no more"

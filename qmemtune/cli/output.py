@@ -9,12 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmemtune.cli.quiet import hide_loading_bars, silence
-from qmemtune.errors import Finding, UserError
+from qmemtune.errors import Finding, UserError, write_failure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,17 +122,27 @@ def print_error(error: BaseException, *, as_json: bool, debug: bool) -> None:
     if isinstance(error, UserError):
         findings, value = error.findings, error.as_dict()
     else:
-        text = " ".join(str(error).split())
-        problem = f"internal error: {type(error).__name__}: {text}" + (f" (in process {number})" if number else "")
-        fix = None if debug else "run again with --debug for the traceback"
-        findings = [Finding(problem, None, fix)]
-        value = {"problem": problem, "where": None, "fix": fix}
+        finding = _failure(error, number, debug)
+        findings, value = [finding], asdict(finding)
     lines = console(sys.stderr)
     for finding in findings:
         # The terminal breaks the line, so that a command in it can be copied whole.
         lines.print(_line(finding), soft_wrap=True)
     if as_json and number == 0:
         write_json_line(sys.stdout, {"error": value})
+
+
+def _failure(error: BaseException, number: int, debug: bool) -> Finding:
+    """What is no mistake of the user's."""
+    process = f" (in process {number})" if number else ""
+    reason = write_failure(error)
+    if reason is not None:
+        where = getattr(error, "filename", None)
+        fix = "free some space, or choose another disk, and give the command again"
+        return Finding(f"a file could not be written: {reason}{process}", str(where) if where else None, fix)
+    text = " ".join(str(error).split())
+    way = None if debug else "run again with --debug for the traceback"
+    return Finding(f"internal error: {type(error).__name__}: {text}{process}", None, way)
 
 
 def _line(finding: Finding) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,38 @@ class JsonLines:
     Args:
         path: the file.
         enabled: False in the processes that write nothing.
+        failed: takes the file and the error where a line cannot be written, which is otherwise raised.
     """
 
-    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, enabled: bool = True, failed: Callable[[Path, OSError], None] | None = None
+    ) -> None:
         self.path = path
         self.enabled = enabled
+        self.failed = failed
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one object."""
-        if self.enabled:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
+        """Append one object, all of it or nothing."""
+        if not self.enabled:
+            return
+        try:
+            self._append(json.dumps(plain(line), ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            if self.failed is None:
+                raise
+            self.failed(self.path, error)
+
+    def _append(self, line: bytes) -> None:
+        end = None
+        try:
+            with self.path.open("ab") as file:
+                end = file.tell()
+                file.write(line)
+        except OSError:
+            if end is not None:
+                # Half a line would spoil the next one.
+                os.truncate(self.path, end)
+            raise
 
     def truncate(self, step: int) -> None:
         """Drop the lines of steps after ``step``, and one that a crash cut off: a resumed run writes them anew."""

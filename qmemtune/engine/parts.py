@@ -16,6 +16,7 @@ from qmemtune.engine.progress import Progress
 from qmemtune.engine.steps import StepCount
 from qmemtune.engine.task import Task
 from qmemtune.engine.totals import Totals
+from qmemtune.engine.unwritten import Unwritten
 
 
 @dataclass
@@ -33,3 +34,4 @@ class Parts:
     totals: Totals
     best: Best
     bad_steps: BadSteps
+    unwritten: Unwritten

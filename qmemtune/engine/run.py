@@ -38,6 +38,7 @@ from qmemtune.engine.task import Task
 from qmemtune.engine.totals import Totals
 from qmemtune.engine.tracking import use_folder
 from qmemtune.engine.trainer import Parts, RunTrainer
+from qmemtune.engine.unwritten import Unwritten
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.rundir import RunDir, write_json
@@ -129,15 +130,13 @@ def train(
             raise trainer.diverged()
         if trainer.interrupted:
             raise Interrupted(
-                f"stopped at step {trainer.state.global_step} of {steps.total}; the checkpoint is saved",
+                f"stopped at step {trainer.state.global_step} of {steps.total}; "
+                + trainer.saved("the checkpoint is saved"),
                 where=str(run.path),
                 fix=f"go on with: {resume_command(sys.argv, run)}",
                 signum=stop.signum or 15,
             )
-    save_adapter(trainer, task, run)
-    summary = summarise(trainer, task, run, memory)
-    if first:
-        write_json(run.summary, summary)
+    summary = write_results(trainer, task, run, memory)
     if args.world_size > 1:
         torch.distributed.destroy_process_group()
     return summary
@@ -180,16 +179,17 @@ def make_trainer(
         )
         totals = Totals.load(opened.checkpoint.path)
         best = Best.load(opened.checkpoint.path, keep_weights=config.trainer.keep_best)
+    unwritten = Unwritten(run, progress.message)
     heldout = HeldOut(
         task=task,
-        samples=JsonLines(run.samples, enabled=first),
+        samples=JsonLines(run.samples, enabled=first, failed=unwritten.line),
         stop=stop,
         world_size=args.world_size,
     )
-    metrics = JsonLines(run.metrics, enabled=first)
+    metrics = JsonLines(run.metrics, enabled=first, failed=unwritten.line)
     bad_steps = BadSteps(
         config.trainer.max_bad_steps,
-        log=JsonLines(run.bad_steps, enabled=first),
+        log=JsonLines(run.bad_steps, enabled=first, failed=unwritten.line),
         metrics=metrics,
         progress=progress,
         totals=totals,
@@ -206,6 +206,7 @@ def make_trainer(
         totals=totals,
         best=best,
         bad_steps=bad_steps,
+        unwritten=unwritten,
     )
     trainer = RunTrainer(args, parts)
     if config.trainer.profile and first:
@@ -230,16 +231,40 @@ def go(trainer: RunTrainer, task: Task, opened: Opened) -> None:
         trainer.finish()
 
 
+def write_results(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | None) -> dict[str, Any]:
+    """Write adapter and summary.
+
+    Returns:
+        The summary.
+
+    Raises:
+        RunFailed: something that the run was to write is missing, these or anything before.
+    """
+    unwritten = trainer.parts.unwritten
+    with unwritten.instead("adapter"):
+        save_adapter(trainer, task, run)
+    trainer.accelerator.wait_for_everyone()
+    summary = summarise(trainer, task, run, memory)
+    if trainer.args.process_index == 0 and "adapter" not in unwritten.reasons:
+        with unwritten.instead(run.summary.name):
+            write_json(run.summary, summary)
+    unwritten.report()
+    return summary
+
+
 def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
     """Write the final adapter and the tokenizer, if there is one; a reader sees the old folder or the whole new one."""
     beside = run.adapter.with_name(run.adapter.name + ".tmp")
-    trainer.save_model(str(beside), _internal_call=True)
-    if trainer.args.should_save:
-        (beside / "training_args.bin").unlink(missing_ok=True)
-        task.save_beside(beside)
-        shutil.rmtree(run.adapter, ignore_errors=True)
-        Path(beside).rename(run.adapter)
-    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(beside), _internal_call=True)
+        if trainer.args.should_save:
+            (beside / "training_args.bin").unlink(missing_ok=True)
+            task.save_beside(beside)
+            shutil.rmtree(run.adapter, ignore_errors=True)
+            Path(beside).rename(run.adapter)
+    finally:
+        if trainer.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | None) -> dict[str, Any]:
@@ -261,6 +286,7 @@ def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | Non
             "peak_rss_mib": round(peak_rss_mib(), 1),
             "memory_estimate": memory.estimate.as_dict() if memory else None,
             "stopped_early": trainer.stopped_early,
+            "not_written": trainer.parts.unwritten.missing(),
             "skipped_steps": totals.skipped_steps,
             "loss_spikes": totals.loss_spikes,
             "router_collapsed_at_step": trainer.router.collapsed_at_step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -73,6 +74,8 @@ class RunTrainer(Trainer):
         self.final_step = 0
         """Step whose adapter the model holds at the end."""
         self.final_metrics: dict[str, Any] = {}
+        self.checkpoint_missing = False
+        """Whether the latest checkpoint could not be written."""
         self.first_step_done_s: float | None = None
         """Seconds from the start of the process to the end of its first step; None before it."""
 
@@ -179,13 +182,17 @@ class RunTrainer(Trainer):
         """
         return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
 
+    def saved(self, text: str) -> str:
+        """``text``, which says where the latest state is saved, if it is."""
+        return "its checkpoint could not be written" if self.checkpoint_missing else text
+
     def diverged(self) -> Diverged:
         """The error of a run that too many bad steps ended."""
         bad, step = self.parts.bad_steps, self.state.global_step
         steps = f"the last {bad.in_a_row} steps were" if bad.in_a_row > 1 else "the last step was"
         return Diverged(
             f"{steps} left out because loss or gradient is no number ({bad.latest} at step {step}); "
-            f"the state before them is kept in checkpoint-{step}",
+            + self.saved(f"the state before them is kept in checkpoint-{step}"),
             where=str(bad.log.path),
             fix="look at the rows named there, lower optimizer.learning_rate, or use model.compute_dtype=float32",
         )
@@ -341,18 +348,29 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         root, writer = Path(self.args.output_dir), self.args.should_save
-        if writer:
-            checkpoints.begin(root)
+        name, unwritten = f"checkpoint-{self.state.global_step}", self.parts.unwritten
+        with unwritten.instead(name):
+            if writer:
+                checkpoints.begin(root)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with unwritten.instead(name):
+            super()._save_checkpoint(model, trial)
+        # A checkpoint is whole when every process has written its part.
+        failed = torch.tensor(float(name in unwritten.reasons), device=self.args.device)
+        self.checkpoint_missing = self.accelerator.reduce(failed, "sum").item() > 0
+        if writer and not self.checkpoint_missing:
+            with unwritten.instead(name):
+                self._complete_checkpoint(root / checkpoints.WRITING / name, root)
+            self.checkpoint_missing = name in unwritten.reasons
+        if writer and self.checkpoint_missing:
+            shutil.rmtree(root / checkpoints.WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        if writer:
-            written = root / checkpoints.WRITING / f"checkpoint-{self.state.global_step}"
-            self.parts.totals.save(written)
-            self.parts.best.save(written)
-            facts = {"step": self.state.global_step, "world_size": self.args.world_size}
-            checkpoints.complete(written, root, {**facts, "rows_per_step": self.parts.steps.rows_per_step})
-            if not self.parts.bad_steps.exhausted:
-                # Weights that lead to bad steps only may be worse than those of every earlier checkpoint.
-                checkpoints.rotate(root, self.parts.config.trainer.save_total_limit)
-        self.accelerator.wait_for_everyone()
+
+    def _complete_checkpoint(self, written: Path, root: Path) -> None:
+        self.parts.totals.save(written)
+        self.parts.best.save(written)
+        facts = {"step": self.state.global_step, "world_size": self.args.world_size}
+        checkpoints.complete(written, root, {**facts, "rows_per_step": self.parts.steps.rows_per_step})
+        if not self.parts.bad_steps.exhausted:
+            # Weights that lead to bad steps only may be worse than those of every earlier checkpoint.
+            checkpoints.rotate(root, self.parts.config.trainer.save_total_limit)
