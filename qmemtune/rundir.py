@@ -48,6 +48,11 @@ class RunDir:
         return self.path / "rejected.jsonl"
 
     @property
+    def lock(self) -> Path:
+        """Locked by the process that trains into the folder."""
+        return self.path / ".lock"
+
+    @property
     def bad_steps(self) -> Path:
         """Steps that were left out because loss or gradient was no number, with their rows, one JSON object a line."""
         return self.path / "bad_steps.jsonl"
@@ -109,14 +114,30 @@ def cache_root() -> Path:
     return Path(root).expanduser() if root else Path.home() / ".cache" / "qmemtune"
 
 
-def new_run_path(recipe: str, root: Path = RUNS_ROOT, now: datetime | None = None) -> Path:
-    """``root/<recipe>/<timestamp>``; a counter is added when that second is taken."""
+def new_run_path(recipe: str, root: Path = RUNS_ROOT, now: datetime | None = None, *, make: bool = False) -> Path:
+    """``root/<recipe>/<timestamp>``; a counter is added when that second is taken.
+
+    Args:
+        recipe: names the folder above.
+        root: of all runs.
+        now: the time; the clock's if not given.
+        make: make the folder, so that a run that starts in the same second takes another.
+    """
     stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
     path, number = root / recipe / stamp, 1
-    while path.exists():
+    while path.exists() or (make and not made(path)):
         number += 1
         path = root / recipe / f"{stamp}-{number}"
     return path
+
+
+def made(path: Path) -> bool:
+    """Make a folder; False where there is one already."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qmemtune.config.schema import Config
 from qmemtune.engine.checkpoints import Checkpoint, complete_checkpoints, read_manifest
+from qmemtune.engine.lock import refuse_if_in_use
 from qmemtune.errors import UserError
 from qmemtune.rundir import RunDir, new_run_path
 
@@ -23,14 +24,26 @@ class Opened:
     """What the user should know about the choice."""
 
 
-def open_run(config: Config) -> Opened:
-    """Choose the run folder and the checkpoint to go on from. Writes nothing.
+def open_run(config: Config, *, make: bool = False) -> Opened:
+    """Choose the run folder and the checkpoint to go on from.
+
+    Args:
+        config: the run.
+        make: make a folder whose name the config does not give, so that no other run takes the same; else nothing is
+            written.
 
     Raises:
-        UserError: the folder holds another run, or there is nothing to resume from.
+        UserError: the folder holds another run or is in use, or there is nothing to resume from.
     """
+    opened = choose(config, make)
+    refuse_if_in_use(opened.run)
+    return opened
+
+
+def choose(config: Config, make: bool) -> Opened:
+    """The same without looking for other processes."""
     if config.resume is None:
-        return Opened(new_folder(config), None, [])
+        return Opened(new_folder(config, make), None, [])
     if config.resume == "auto":
         return newest(config)
     checkpoint = read_manifest(Path(config.resume))
@@ -43,10 +56,10 @@ def open_run(config: Config) -> Opened:
     return Opened(run, checkpoint, [])
 
 
-def new_folder(config: Config) -> RunDir:
+def new_folder(config: Config, make: bool) -> RunDir:
     """The folder of a run that starts at step 0."""
     if config.run_dir is None:
-        return RunDir(new_run_path(config.recipe))
+        return RunDir(new_run_path(config.recipe, make=make))
     run = RunDir(Path(config.run_dir))
     again = "choose another run_dir, or add resume=auto to go on with it"
     if run.path.exists() and not run.path.is_dir():

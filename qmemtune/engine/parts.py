@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.utils.data import Sampler
 
 from qmemtune.config.schema import Config
+from qmemtune.data.changes import WatchedFiles
 from qmemtune.engine.bad_steps import BadSteps
 from qmemtune.engine.best import Best
 from qmemtune.engine.heldout import HeldOut
@@ -35,3 +36,4 @@ class Parts:
     best: Best
     bad_steps: BadSteps
     unwritten: Unwritten
+    files: WatchedFiles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,9 @@ def preflight(
     found.attempt(lambda: check_backends(config.tracking))
     notes = found.attempt(lambda: check_method(config.adapter)) or []
     dtype = found.attempt(lambda: compute_dtype(config.model.compute_dtype, device))
-    opened = found.attempt(lambda: open_run(config) if args is None else from_first(lambda: open_run(config), args))
+    opened = found.attempt(
+        lambda: open_run(config) if args is None else from_first(lambda: open_run(config, make=True), args)
+    )
     if opened is not None:
         notes = [*notes, *opened.notes]
     rejected = opened.run.rejected if opened is not None and write_rejected else None
@@ -121,6 +123,10 @@ def preflight(
         check_start(
             config, opened, model, steps, found, world_size=world_size, sharded=args is not None and is_sharded(args)
         )
+    if found.found and opened is not None and args is not None and config.run_dir is None and config.resume is None:
+        # The folder was made for this run; it stays if unusable rows were written into it.
+        with suppress(OSError):
+            opened.run.path.rmdir()
     agree(found, args)
     assert dtype is not None
     assert opened is not None

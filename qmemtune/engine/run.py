@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qmemtune.adapters import describe
 from qmemtune.config.compose import Composed
 from qmemtune.config.dump import to_yaml
 from qmemtune.config.schema import Config
+from qmemtune.data.changes import WatchedFiles
 from qmemtune.engine import checkpoints
 from qmemtune.engine.arguments import refuse_data_parallel, settle, training_arguments
 from qmemtune.engine.bad_steps import BadSteps
@@ -23,11 +25,12 @@ from qmemtune.engine.environment import describe_environment, peak_rss_mib, seco
 from qmemtune.engine.folder import Opened, open_run, resume_command
 from qmemtune.engine.heldout import HeldOut
 from qmemtune.engine.interrupt import Interrupted, StopRequest, listening
+from qmemtune.engine.lock import in_use
 from qmemtune.engine.memory.exhausted import memory_errors_explained
 from qmemtune.engine.memory.fit import Memory, capacity
 from qmemtune.engine.metrics_log import JsonLines, plain
 from qmemtune.engine.parallel import from_first
-from qmemtune.engine.preflight import is_sharded, preflight
+from qmemtune.engine.preflight import Checked, is_sharded, preflight
 from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.engine.resume import check_resumable
 from qmemtune.engine.setup import build
@@ -83,15 +86,57 @@ def train(
     first = args.process_index == 0
     if progress is None or not first:
         progress = SilentProgress()
+    # Before the rows are read: what changes while they are is noticed, too.
+    files = WatchedFiles(config.data if make_task is None and first else None)
     checked = None
     if make_task is None:
         checked = preflight(
             config, device=args.device, args=args, write_rejected=first, loads=loads, progress=progress.rows
         )
-    opened = from_first(lambda: open_run(config), args) if checked is None else checked.opened
-    run, memory = opened.run, checked.memory if checked else None
+    opened = from_first(lambda: open_run(config, make=True), args) if checked is None else checked.opened
     for note in opened.notes if checked is None else checked.notes:
         progress.message(note)
+    with in_use(opened.run) if first else nullcontext():
+        return run_in_folder(
+            composed,
+            opened,
+            args,
+            dtype,
+            checked=checked,
+            progress=progress,
+            loads=loads,
+            make_task=make_task,
+            files=files,
+        )
+
+
+def run_in_folder(
+    composed: Composed,
+    opened: Opened,
+    args: TrainingArguments,
+    dtype: torch.dtype,
+    *,
+    checked: Checked | None,
+    progress: Progress,
+    loads: Loads,
+    make_task: MakeTask | None,
+    files: WatchedFiles,
+) -> dict[str, Any]:
+    """:func:`train` from where the run folder is this run's.
+
+    Args:
+        composed: the run's config.
+        opened: its folder, and where it goes on from.
+        args: Trainer's arguments.
+        dtype: of the arithmetic.
+        checked: what was found out before; None if ``make_task`` makes the task.
+        progress: is told what happens.
+        loads: what earlier runs of this process loaded.
+        make_task: see :func:`train`.
+        files: the files that the rows come from.
+    """
+    config, run, memory = composed.config, opened.run, checked.memory if checked else None
+    first = args.process_index == 0
     if first:
         open_folder(opened, composed, args)
     with memory_errors_explained(memory, lambda: capacity(args.device)):
@@ -108,7 +153,7 @@ def train(
     settle(args, run, steps)
     use_folder(config.tracking, run)
     with listening() as stop:
-        trainer = make_trainer(config, args, task, run, steps, progress, stop, opened)
+        trainer = make_trainer(config, args, task, run, steps, progress, stop, opened, files)
         progress.start(
             steps.total,
             {
@@ -165,6 +210,7 @@ def make_trainer(
     progress: Progress,
     stop: StopRequest,
     opened: Opened,
+    files: WatchedFiles,
 ) -> RunTrainer:
     """Put the trainer together; with a checkpoint, after checking that it fits."""
     first = args.process_index == 0
@@ -207,6 +253,7 @@ def make_trainer(
         best=best,
         bad_steps=bad_steps,
         unwritten=unwritten,
+        files=files,
     )
     trainer = RunTrainer(args, parts)
     if config.trainer.profile and first:

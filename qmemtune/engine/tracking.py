@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
 
 from qmemtune.config.schema import TrackingConfig
 from qmemtune.errors import Finding, UserError
@@ -35,3 +39,50 @@ def use_folder(config: TrackingConfig, run: RunDir) -> None:
         os.environ.setdefault(FOLDERS[name], str(run.tracking))
     if "wandb" in config.backends:
         os.environ.setdefault("WANDB_PROJECT", config.project)
+
+
+class Backend(TrainerCallback):
+    """A logging back-end that cannot stop the run: after its first error it is left alone.
+
+    Args:
+        inner: the back-end's own callback.
+        tell: is told of that error.
+    """
+
+    def __init__(self, inner: TrainerCallback, tell: Callable[[str], None]) -> None:
+        self.inner: TrainerCallback | None = inner
+        self.name = type(inner).__name__.removesuffix("Callback").lower()
+        self.tell = tell
+
+    def pass_on(self, event: str, *args: Any, **kwargs: Any) -> Any:
+        """Give an event to the back-end."""
+        if self.inner is None:
+            return None
+        try:
+            return getattr(self.inner, event)(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever a service or its client raises, training goes on
+            self.inner = None
+            text = " ".join(str(error).split())
+            self.tell(
+                f"warning: tracking with {self.name} failed and is switched off for this run "
+                f"({type(error).__name__}: {text}); metrics.jsonl goes on"
+            )
+            return None
+
+
+def _passing_on(event: str) -> Callable[..., Any]:
+    def handle(self: Backend, *args: Any, **kwargs: Any) -> Any:
+        return self.pass_on(event, *args, **kwargs)
+
+    return handle
+
+
+for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]:
+    setattr(Backend, _event, _passing_on(_event))
+
+
+def guard_backends(callbacks: list[TrainerCallback], tell: Callable[[str], None]) -> None:
+    """Wrap the callbacks of logging back-ends in place."""
+    for index, callback in enumerate(callbacks):
+        if type(callback).__module__.startswith("transformers.integrations"):
+            callbacks[index] = Backend(callback, tell)

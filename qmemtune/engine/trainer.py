@@ -28,6 +28,7 @@ from qmemtune.engine.prior_schedule import PriorSchedule
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
 from qmemtune.engine.router_watch import RouterWatch, logged, scalars
 from qmemtune.engine.totals import Stopwatch
+from qmemtune.engine.tracking import guard_backends
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import short_rows_on_cpu
 from qmemtune.models.dequantized import dequantized_on_cpu
@@ -55,6 +56,7 @@ class RunTrainer(Trainer):
         super().__init__(model=task.model, args=args, data_collator=task.collator, train_dataset=task.rows)
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+        guard_backends(self.callback_handler.callbacks, self._warn)
         # Before the logging back-ends, which close when training ends: the last evaluation is theirs too.
         self.callback_handler.callbacks.insert(0, Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
         self.router = RouterWatch(task.model, parts.config)
@@ -221,8 +223,18 @@ class RunTrainer(Trainer):
         self.parts.metrics.write({"event": "routes", "step": step, **logged(use)})
         warning = self.router.warning(step, use)
         if warning is not None:
-            self.parts.metrics.write({"event": "warning", "step": step, "message": warning})
-            self.parts.progress.message(warning)
+            self._warn(warning)
+
+    def _warn(self, message: str) -> None:
+        self.parts.metrics.write({"event": "warning", "step": self.state.global_step, "message": message})
+        self.parts.progress.message(message)
+
+    def _look_at_files(self, *, now: bool = False) -> None:
+        for path in self.parts.files.changed(now=now):
+            self._warn(
+                f"warning: {path} changed after its rows were read: the run trains on the rows as they were, "
+                "and one that is resumed would read the new ones"
+            )
 
     def stop_requested(self) -> bool:
         return self._stopping or self.parts.bad_steps.exhausted
@@ -247,6 +259,7 @@ class RunTrainer(Trainer):
             line = {"event": "train", "step": self.state.global_step, **logs}
             self.parts.metrics.write(line)
             self.parts.progress.log(line)
+            self._look_at_files()
         else:
             super().log(logs, start_time)
 
@@ -328,6 +341,7 @@ class RunTrainer(Trainer):
 
     def _finish(self) -> None:
         config, best, heldout = self.parts.config, self.parts.best, self.parts.heldout
+        self._look_at_files(now=True)
         self.final_step = self.state.global_step
         self.prior_schedule.go_to(self.final_step)
         at_end = config.evaluation.at_end and bool(heldout)
