@@ -240,7 +240,7 @@ class TrainerConfig:
     num_workers: int = 0
     """Processes that prepare batches beside the training process."""
     deterministic: bool = False
-    """Use only deterministic kernels (slower on GPUs)."""
+    """Use only deterministic kernels (slower on GPUs), and stop where an operation has none."""
     profile: bool = False
     """Profile steps 5 to 7: print the ten costliest operations, and write a trace into the run folder."""
 

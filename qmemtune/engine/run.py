@@ -21,6 +21,7 @@ from qmemtune.engine import checkpoints
 from qmemtune.engine.arguments import refuse_data_parallel, settle, training_arguments
 from qmemtune.engine.bad_steps import BadSteps
 from qmemtune.engine.best import Best
+from qmemtune.engine.determinism import deterministic_kernels
 from qmemtune.engine.environment import describe_environment, peak_rss_mib, seconds_since_start
 from qmemtune.engine.folder import Opened, open_run, resume_command
 from qmemtune.engine.heldout import HeldOut
@@ -96,7 +97,8 @@ def train(
     opened = from_first(lambda: open_run(config, make=True), args) if checked is None else checked.opened
     for note in opened.notes if checked is None else checked.notes:
         progress.message(note)
-    with in_use(opened.run) if first else nullcontext():
+    kernels = deterministic_kernels(config.trainer.deterministic, config.seed)
+    with in_use(opened.run) if first else nullcontext(), kernels:
         return run_in_folder(
             composed,
             opened,

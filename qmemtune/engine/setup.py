@@ -31,7 +31,7 @@ def build(config: Config, args: TrainingArguments, *, checked: Checked, loads: L
     if isinstance(data, RegressionData):
         return build_regression(config, args, data=data, dtype=dtype, loads=loads)
     # The adapter's first weights and every dropout follow from here.
-    set_seed(config.seed, deterministic=config.trainer.deterministic)
+    set_seed(config.seed)
     with args.main_process_first(desc="model"):
         base = loads.own_copy(
             "base",
@@ -52,7 +52,7 @@ def build_regression(
         base = loads.own_copy(
             "base", (config.model.mlp, data.functions.described), lambda: regression_base(config.model.mlp, data)
         )
-    set_seed(config.seed, deterministic=config.trainer.deterministic)
+    set_seed(config.seed)
     model = apply_adapter(base.to(args.device), config.adapter, seed=config.seed)
     return RegressionTask(model, data, config, device=args.device, dtype=dtype)
 
