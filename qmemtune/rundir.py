@@ -9,11 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qmemtune import __version__
 from qmemtune.errors import UserError
 
 RUNS_ROOT = Path("runs")
 EXPORT_MARKER = "qmemtune.json"
 """File that marks an exported folder and says what it was made from."""
+CHECKPOINT_FORMAT = 2
+"""Of what this version writes. 1: manifests without checksums."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class RunDir:
     def samples(self) -> Path:
         """Sample generations during training, one JSON object a line."""
         return self.path / "samples.jsonl"
+
+    @property
+    def logs(self) -> list[Path]:
+        """The files that training adds lines to, each line with its step."""
+        return [self.metrics, self.samples, self.bad_steps]
 
     @property
     def rejected(self) -> Path:
@@ -163,6 +171,28 @@ def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:
             fix="train one with `qmemtune train recipe=quickstart`, or name a run folder with run_dir=",
         )
     return RunDir(max(found, key=lambda p: p.stat().st_mtime_ns).parent)
+
+
+def refuse_newer(what: str, found: int, known: int, where: str, written_by: str | None = None) -> None:
+    """Refuse what a newer version of this program has written.
+
+    Args:
+        what: run folder, checkpoint or adapter.
+        found: its format.
+        known: the newest format that this version reads.
+        where: its folder.
+        written_by: the version that wrote it.
+
+    Raises:
+        UserError: it is newer.
+    """
+    if found > known:
+        by = f" by qmemtune {written_by}" if written_by else ""
+        raise UserError(
+            f"the {what} has format {found}, written{by}; this qmemtune {__version__} reads formats up to {known}",
+            where=where,
+            fix=f"upgrade qmemtune{f' to {written_by} or later' if written_by else ''}: pip install --upgrade qmemtune",
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmemtune.config.schema import Config
-from qmemtune.engine.checkpoints import Checkpoint, complete_checkpoints, read_manifest
+from qmemtune.engine.checkpoints import Checkpoint, checked, found_checkpoints, newest_complete
 from qmemtune.engine.lock import refuse_if_in_use
 from qmemtune.errors import UserError
 from qmemtune.rundir import RunDir, new_run_path
@@ -46,7 +46,7 @@ def choose(config: Config, make: bool) -> Opened:
         return Opened(new_folder(config, make), None, [])
     if config.resume == "auto":
         return newest(config)
-    checkpoint = read_manifest(Path(config.resume))
+    checkpoint = checked(Path(config.resume))
     # A checkpoint lies in <run>/checkpoints/.
     run = RunDir(Path(config.run_dir) if config.run_dir else checkpoint.path.absolute().parent.parent)
     if not config.run_dir and not run.config.is_file():
@@ -66,7 +66,7 @@ def new_folder(config: Config, make: bool) -> RunDir:
         raise UserError("run_dir is a file", where=str(run.path), fix="name a folder")
     if run.summary.is_file():
         raise UserError("run_dir holds a finished run", where=str(run.path), fix=again)
-    if complete_checkpoints(run.checkpoints):
+    if found_checkpoints(run.checkpoints):
         raise UserError("run_dir holds checkpoints of an unfinished run", where=str(run.path), fix=again)
     return run
 
@@ -80,10 +80,15 @@ def newest(config: Config) -> Opened:
             fix="add run_dir=runs/<recipe>/<timestamp>, or name a checkpoint folder with resume=",
         )
     run = RunDir(Path(config.run_dir))
-    found = complete_checkpoints(run.checkpoints)
-    if not found:
-        return Opened(run, None, [f"no complete checkpoint in {run.checkpoints}: starting at step 0"])
-    return Opened(run, found[-1], [f"going on from {found[-1].path}"])
+    found, damaged = newest_complete(run.checkpoints)
+    if found is not None:
+        passed = [f"warning: passed over {finding.where}: {finding.problem}" for finding in damaged]
+        return Opened(run, found, [*passed, f"going on from {found.path}"])
+    if damaged:
+        # Starting anew would delete what may still be repaired.
+        way = f"put a whole copy of one in its place, or delete {run.checkpoints} to start at step 0"
+        raise UserError.many([replace(finding, fix=way) for finding in damaged])
+    return Opened(run, None, [f"no checkpoint in {run.checkpoints}: starting at step 0"])
 
 
 def resume_command(arguments: list[str], run: RunDir) -> str:

@@ -60,12 +60,18 @@ class JsonLines:
                 os.truncate(self.path, end)
             raise
 
-    def truncate(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, and one that a crash cut off: a resumed run writes them anew."""
+    def truncate(self, step: int, lines: int | None = None) -> None:
+        """Drop the lines of steps after ``step``, and one that a crash cut off: a resumed run writes them anew.
+
+        Args:
+            step: -1 drops all.
+            lines: how many there were after that step, where it is known: an evaluation at the end is of the last step
+                too, and comes after its checkpoint.
+        """
         if not self.enabled or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n")[:lines]:
             try:
                 belongs_to = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError):
@@ -75,3 +81,8 @@ class JsonLines:
         beside = self.path.with_name(self.path.name + ".tmp")
         beside.write_text("".join(kept), encoding="utf-8")
         beside.replace(self.path)
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file; 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0

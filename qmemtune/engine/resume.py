@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from qmemtune.engine.checkpoints import NEEDED, Checkpoint, check_files
+from qmemtune.engine.checkpoints import Checkpoint, require_files
 from qmemtune.errors import Finding, UserError
 from qmemtune.rundir import read_json
 
@@ -36,7 +36,7 @@ def check_resumable(
     Raises:
         UserError: with everything that is missing or differs.
     """
-    check_files(checkpoint, needed=() if sharded else NEEDED)
+    require_files(checkpoint, sharded=sharded)
     findings = []
     if checkpoint.world_size != world_size:
         findings.append(

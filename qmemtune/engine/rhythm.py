@@ -41,6 +41,9 @@ def due_at(step: int, config: Config) -> Due:
 class Stepped(Protocol):
     """The trainer, as far as the rhythm needs it."""
 
+    ended: bool
+    """Whether no step is to be made any more."""
+
     def catch_up(self) -> None:
         """Called before the first step of this process."""
 
@@ -76,8 +79,11 @@ class Rhythm(TrainerCallback):
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    ) -> TrainerControl:
         self.run.catch_up()
+        if self.run.ended:
+            control.should_training_stop = True
+        return control
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -13,6 +13,7 @@ from qmemtune.adapters.queryable.statistics import RouteStatistics, RouteUse, ac
 from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
 from qmemtune.engine.rhythm import falls_on
+from qmemtune.engine.totals import Totals
 
 DIGITS = 5
 
@@ -23,15 +24,15 @@ class RouterWatch:
     Args:
         model: the adapted model.
         config: the run.
+        totals: remember the collapse when the run is interrupted.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, totals: Totals) -> None:
         memory = memory_of(model)
         self.memory = memory if isinstance(config.adapter, QueryableConfig) else None
         self.config = config
         self._statistics: RouteStatistics | None = None
-        self.collapsed_at_step: int | None = None
-        """First step at which the router was seen collapsed."""
+        self.totals = totals
 
     def begin(self, step: int) -> None:
         """Before the forward passes of a step: observe them if the step is due."""
@@ -56,9 +57,9 @@ class RouterWatch:
         """What to say about a collapsed router, the first time one is seen."""
         assert isinstance(self.config.adapter, QueryableConfig)
         problem = use.collapse(self.config.adapter.top_k)
-        if problem is None or self.collapsed_at_step is not None:
+        if problem is None or self.totals.router_collapsed_at_step is not None:
             return None
-        self.collapsed_at_step = step
+        self.totals.router_collapsed_at_step = step
         return f"warning: step {step}: {problem} -> {remedy(self.config)}"
 
 

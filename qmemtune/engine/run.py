@@ -24,7 +24,7 @@ from qmemtune.engine.best import Best
 from qmemtune.engine.determinism import deterministic_kernels
 from qmemtune.engine.environment import describe_environment, peak_rss_mib, seconds_since_start
 from qmemtune.engine.folder import Opened, open_run, resume_command
-from qmemtune.engine.heldout import HeldOut
+from qmemtune.engine.heldout import HeldOut, Measured
 from qmemtune.engine.interrupt import Interrupted, StopRequest, listening
 from qmemtune.engine.lock import in_use
 from qmemtune.engine.memory.exhausted import memory_errors_explained
@@ -170,7 +170,7 @@ def run_in_folder(
         )
         try:
             with memory_errors_explained(memory, lambda: capacity(args.device)):
-                go(trainer, task, opened)
+                go(trainer, opened)
         finally:
             progress.finish()
         if trainer.parts.bad_steps.exhausted:
@@ -197,8 +197,8 @@ def open_folder(opened: Opened, composed: Composed, args: TrainingArguments) -> 
     run.config.write_text(to_yaml(composed.config), encoding="utf-8")
     write_json(run.environment, describe_environment(seed=composed.config.seed, world_size=args.world_size))
     step = -1 if opened.checkpoint is None else opened.checkpoint.step
-    for path in (run.metrics, run.samples, run.bad_steps):
-        JsonLines(path).truncate(step)
+    for path in run.logs:
+        JsonLines(path).truncate(step, opened.checkpoint.log_lines.get(path.name) if opened.checkpoint else None)
     run.checkpoints.mkdir(exist_ok=True)
     checkpoints.remove_later(run.checkpoints, step)
 
@@ -216,7 +216,7 @@ def make_trainer(
 ) -> RunTrainer:
     """Put the trainer together; with a checkpoint, after checking that it fits."""
     first = args.process_index == 0
-    totals, best = Totals(), Best(config.trainer.keep_best)
+    totals, best, measured = Totals(), Best(config.trainer.keep_best), Measured()
     if opened.checkpoint is not None:
         check_resumable(
             opened.checkpoint,
@@ -227,12 +227,14 @@ def make_trainer(
         )
         totals = Totals.load(opened.checkpoint.path)
         best = Best.load(opened.checkpoint.path, keep_weights=config.trainer.keep_best)
+        measured = Measured.load(opened.checkpoint.path, otherwise=best.last_step)
     unwritten = Unwritten(run, progress.message)
     heldout = HeldOut(
         task=task,
         samples=JsonLines(run.samples, enabled=first, failed=unwritten.line),
         stop=stop,
         world_size=args.world_size,
+        measured=measured,
     )
     metrics = JsonLines(run.metrics, enabled=first, failed=unwritten.line)
     bad_steps = BadSteps(
@@ -263,7 +265,7 @@ def make_trainer(
     return trainer
 
 
-def go(trainer: RunTrainer, task: Task, opened: Opened) -> None:
+def go(trainer: RunTrainer, opened: Opened) -> None:
     """Train, or, when the checkpoint holds the last step already, only load it and finish."""
     if opened.checkpoint is None:
         trainer.train()
@@ -274,10 +276,7 @@ def go(trainer: RunTrainer, task: Task, opened: Opened) -> None:
             f"all {trainer.parts.steps.total} steps are done already: nothing is trained "
             "(a larger trainer.max_steps or trainer.num_train_epochs goes on)"
         )
-        model = task.model
-        model.load_adapter(str(opened.checkpoint.path), model.active_adapters[0], is_trainable=True)
-        trainer.state.global_step = opened.checkpoint.step
-        trainer.finish()
+        trainer.only_finish(opened.checkpoint)
 
 
 def write_results(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | None) -> dict[str, Any]:
@@ -338,7 +337,7 @@ def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | Non
             "not_written": trainer.parts.unwritten.missing(),
             "skipped_steps": totals.skipped_steps,
             "loss_spikes": totals.loss_spikes,
-            "router_collapsed_at_step": trainer.router.collapsed_at_step,
+            "router_collapsed_at_step": totals.router_collapsed_at_step,
             "best_step": trainer.parts.best.step,
             "best_loss": trainer.parts.best.loss,
             "final_step": trainer.final_step,

@@ -45,6 +45,8 @@ class Totals:
     """Steps whose loss jumped."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the latest steps."""
+    router_collapsed_at_step: int | None = None
+    """First step at which a memory's router was seen collapsed."""
 
     def add(self, loss: float, tokens: int, seconds: float) -> None:
         """Add one optimizer step: its mean loss, real tokens over all processes, and seconds."""

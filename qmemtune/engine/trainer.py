@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from qmemtune.adapters.queryable.statistics import RouteUse
 from qmemtune.engine import checkpoints
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.heldout import Abandoned
+from qmemtune.engine.own_state import save_own_state
 from qmemtune.engine.parts import Parts as Parts
 from qmemtune.engine.prior_schedule import PriorSchedule
 from qmemtune.engine.rhythm import Due, Rhythm, due_at
@@ -32,6 +33,7 @@ from qmemtune.engine.tracking import guard_backends
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import short_rows_on_cpu
 from qmemtune.models.dequantized import dequantized_on_cpu
+from qmemtune.rundir import RunDir
 
 
 class RunTrainer(Trainer):
@@ -59,7 +61,7 @@ class RunTrainer(Trainer):
         guard_backends(self.callback_handler.callbacks, self._warn)
         # Before the logging back-ends, which close when training ends: the last evaluation is theirs too.
         self.callback_handler.callbacks.insert(0, Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
-        self.router = RouterWatch(task.model, parts.config)
+        self.router = RouterWatch(task.model, parts.config, parts.totals)
         self.prior_schedule = PriorSchedule(task.model, parts.config.adapter, parts.steps.total)
         self._stopwatch = Stopwatch()
         # The task's loss, and all that is trained on (with the adapter's own term).
@@ -73,6 +75,8 @@ class RunTrainer(Trainer):
         self._stopping = False
         self._end_abandoned = False
         self.stopped_early = False
+        self.ended = False
+        """Whether it turned out before the first step that no step is to be made."""
         self.final_step = 0
         """Step whose adapter the model holds at the end."""
         self.final_metrics: dict[str, Any] = {}
@@ -82,7 +86,20 @@ class RunTrainer(Trainer):
         """Seconds from the start of the process to the end of its first step; None before it."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; on a CPU, 4-bit layers and attention over short rows compute in faster ways meanwhile."""
+        with self._fast_kernels():
+            return super().train(*args, **kwargs)
+
+    def only_finish(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Do what comes after the last step, from a checkpoint of that step."""
+        self.model.load_adapter(str(checkpoint.path), self.model.active_adapters[0], is_trainable=True)
+        self.state.global_step = checkpoint.step
+        with self._fast_kernels():
+            self.catch_up()
+            self.finish()
+
+    @contextmanager
+    def _fast_kernels(self) -> Iterator[None]:
+        """On a CPU, 4-bit layers and attention over short rows compute in faster ways meanwhile."""
         chosen = self.parts.config.model.attn_implementation
         attention = short_rows_on_cpu() if chosen is None else nullcontext()
         with attention, dequantized_on_cpu(self.model, processes=self.args.world_size) as size:
@@ -91,7 +108,7 @@ class RunTrainer(Trainer):
                     f"dequantised copies of the 4-bit weights make training faster and take {size / 1e6:,.0f} MB "
                     "(quantization.dequantized_copies)"
                 )
-            return super().train(*args, **kwargs)
+            yield
 
     # Rows and order
 
@@ -105,6 +122,8 @@ class RunTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of one optimizer step, and the items in them over all processes."""
+        if self.ended:
+            return [], None
         self._stopwatch.start()
         self.router.begin(self.state.global_step + 1)
         batches = self._batches = list(islice(epoch_iterator, num_batches))
@@ -265,15 +284,7 @@ class RunTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What is due at this step, called by Trainer after logging and before saving."""
-        metrics = {}
-        try:
-            metrics = self.measure(due_at(self.state.global_step, self.parts.config))
-        except Abandoned:
-            # The step itself is whole: save it; the evaluation is made up for when the run goes on.
-            self._stopping = True
-        patience = self.parts.config.trainer.early_stopping_patience
-        if patience and self.parts.best.evaluations_since >= patience and not self.complete:
-            self.stopped_early = True
+        metrics = self.measure_due()
         if self.stopped_early or self._stopping:
             self.control.should_training_stop = self.control.should_save = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -283,15 +294,14 @@ class RunTrainer(Trainer):
         """Before the first step: measure the base if that is due; after a resume, what a signal cut short."""
         step = self.state.global_step
         self.prior_schedule.go_to(step)
-        due = due_at(step, self.parts.config)
-        if self.parts.heldout and step == 0 and self.parts.config.evaluation.at_start:
+        if not self.parts.heldout:
+            return
+        if step > 0:
+            self.measure_due()
+            self.ended = self.stopped_early or self._stopping
+        elif self.parts.config.evaluation.at_start:
             try:
                 self.measure_as(0, exact_match=False)
-            except Abandoned:
-                self._stopping = True
-        elif self.parts.heldout and due.loss and step not in (0, self.parts.best.last_step):
-            try:
-                self.measure(due)
             except Abandoned:
                 self._stopping = True
 
@@ -306,15 +316,31 @@ class RunTrainer(Trainer):
         unfinished = self._stopping and not self.complete and not self.stopped_early
         return self._end_abandoned or (unfinished and not self.parts.bad_steps.exhausted)
 
+    def measure_due(self) -> dict[str, Any]:
+        """Measure what is due at the current step, unless that was done, and see whether the run stops early."""
+        metrics: dict[str, Any] = {}
+        measured = self.parts.heldout.measured
+        try:
+            if measured.done_at != self.state.global_step:
+                metrics = self.measure(due_at(self.state.global_step, self.parts.config))
+        except Abandoned:
+            # The step itself is whole; the evaluation is made up for when the run goes on.
+            self._stopping = True
+        patience = self.parts.config.trainer.early_stopping_patience
+        if patience and self.parts.best.evaluations_since >= patience and not self.complete:
+            self.stopped_early = True
+        return metrics
+
     def measure(self, due: Due) -> dict[str, Any]:
         """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
-        step = self.state.global_step
+        step, metrics = self.state.global_step, {}
+        if due.loss or due.exact_match:
+            metrics = self.measure_as(step, exact_match=due.exact_match)
+            self.parts.best.update(step, metrics["loss"], self.model)
+        # Last: a measurement that a signal cuts short is made again, samples that are written are not.
         if due.samples:
             self.parts.heldout.write_samples(step)
-        if not (due.loss or due.exact_match):
-            return {}
-        metrics = self.measure_as(step, exact_match=due.exact_match)
-        self.parts.best.update(step, metrics["loss"], self.model)
+        self.parts.heldout.measured.done_at = step
         return metrics
 
     def measure_as(self, step: int, *, exact_match: bool) -> dict[str, Any]:
@@ -381,10 +407,8 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _complete_checkpoint(self, written: Path, root: Path) -> None:
-        self.parts.totals.save(written)
-        self.parts.best.save(written)
-        facts = {"step": self.state.global_step, "world_size": self.args.world_size}
-        checkpoints.complete(written, root, {**facts, "rows_per_step": self.parts.steps.rows_per_step})
+        facts = save_own_state(self.parts, written, RunDir(root.parent), self.state.global_step)
+        newest = checkpoints.complete(written, root, {**facts, "world_size": self.args.world_size})
         if not self.parts.bad_steps.exhausted:
             # Weights that lead to bad steps only may be worse than those of every earlier checkpoint.
-            checkpoints.rotate(root, self.parts.config.trainer.save_total_limit)
+            checkpoints.rotate(root, self.parts.config.trainer.save_total_limit, newest=newest)

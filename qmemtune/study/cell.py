@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from qmemtune.config.compose import Composed
-from qmemtune.engine.checkpoints import complete_checkpoints
+from qmemtune.engine.checkpoints import newest_complete
 from qmemtune.engine.run import train
 from qmemtune.engine.shared import Loads
 from qmemtune.errors import Diverged
@@ -63,7 +63,7 @@ def goes_on(run: RunDir, cell: Cell) -> bool:
     """Whether an interrupted run of this very cell can go on; whatever else lies in its folder is removed."""
     started = run.path / "cell.json"
     same = started.is_file() and is_run_of(json.loads(started.read_text(encoding="utf-8")), cell.config)
-    if same and complete_checkpoints(run.checkpoints):
+    if same and newest_complete(run.checkpoints)[0]:
         return True
     shutil.rmtree(run.path, ignore_errors=True)
     run.path.mkdir(parents=True)
