@@ -89,6 +89,7 @@ def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
         block_size=config.block_size,
         top_k=config.top_k,
         temperature=config.temperature,
+        router_norm=config.router_norm,
         depth_summary=config.depth_summary,
         granularity=config.granularity,
         shared_atoms=config.shared_atoms,

@@ -54,6 +54,9 @@ class QueryableConfig(AdapterConfig):
     """Atoms kept for a token; all if not set."""
     temperature: float = 1.0
     """Multiplies the routing logits."""
+    router_norm: bool = True
+    """RMS-normalise queries and keys, so that no routing logit exceeds temperature * sqrt(key_dim); without it routers
+    collapse at high learning rates."""
     depth_summary: bool = True
     """Let later blocks attend over the states of earlier ones."""
     granularity: Literal["token", "row"] = "token"

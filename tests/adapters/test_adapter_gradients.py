@@ -22,6 +22,7 @@ VARIANTS = {
     "prior": {"instruction_prior": 0.7, "prior_kl": 0.3},
     "dropout": {"dropout": 0.3},
     "no-summary": {"depth_summary": False},
+    "no-router-norm": {"router_norm": False},
 }
 
 

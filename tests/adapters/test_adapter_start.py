@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -81,6 +83,23 @@ def test_routes_differ_between_blocks_and_follow_the_depth_summary(llama):
     assert not torch.allclose(changed[1], routes[1], atol=1e-3)
     without = llama.memory(llama.adapted(depth_summary=False))
     assert "default" not in without.queryable_summary
+
+
+def test_normed_routes_cannot_run_away(family):
+    """However large queries and keys grow, no atom takes more than the bounded logits allow."""
+    weights = {}
+    for normed in (True, False):
+        model = family.adapted(router_norm=normed, temperature=1.0)
+        memory = family.memory(model)
+        with torch.no_grad():
+            for parameter in (memory.queryable_key, memory.queryable_query):
+                parameter["default"].mul_(100)
+        routes = family.routes(model, family.tokens(3, 11))
+        weights[normed] = max(route.max().item() for route in routes.values())
+    atoms, bound = memory.configs["default"].num_atoms, math.sqrt(memory.configs["default"].key_dim)
+    assert weights[True] <= 1 / (1 + (atoms - 1) * math.exp(-2 * bound)) + 1e-6
+    assert weights[False] > 0.999, "without the norm the routes are as sharp as can be"
+    assert weights[True] < 0.99
 
 
 def test_top_k_softmax_keeps_exactly_k_on_ties():

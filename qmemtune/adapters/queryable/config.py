@@ -47,6 +47,10 @@ class QueryableMemoryConfig(PeftConfig):
     block_size: int = field(default=5, metadata={"help": "Decoder layers (in an MLP: linear layers) sharing a route."})
     top_k: int | None = field(default=None, metadata={"help": "Atoms kept for a token; all if None."})
     temperature: float = field(default=1.0, metadata={"help": "Multiplies the routing logits."})
+    router_norm: bool = field(
+        default=True,
+        metadata={"help": "RMS-normalise queries and keys, so that |logit| <= temperature * sqrt(key_dim)."},
+    )
     depth_summary: bool = field(default=True, metadata={"help": "Queries attend over the states of earlier blocks."})
     init_core_std: float = field(default=0.02, metadata={"help": "Standard deviation of the cores at the start."})
     granularity: str = field(

@@ -23,6 +23,7 @@ from qmemtune.adapters.queryable.context import AdapterPass, BoundCheckpoint, Co
 from qmemtune.adapters.queryable.devices import float32, no_autocast
 from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, rows_of
 from qmemtune.adapters.queryable.routing import (
+    QUERY_EPS,
     attend,
     normed_state,
     own_atoms,
@@ -185,7 +186,10 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 earlier = state.states[: state.earlier.setdefault(block, len(state.states))]
                 if earlier:
                     query = query + attend(query, stack_states(earlier, query))
-            logits = F.linear(query, float32(self.queryable_key[name], z))
+            key = float32(self.queryable_key[name], z)
+            if config.router_norm:
+                query, key = rms_norm(query, QUERY_EPS), rms_norm(key)
+            logits = F.linear(query, key)
             logits = logits * (config.temperature / math.sqrt(config.key_dim))
             if not config.shared_atoms:
                 logits = own_atoms(

@@ -28,9 +28,14 @@ def stack_states(states: list[Tensor], query: Tensor) -> Tensor:
     return torch.stack([state.to(query.device).reshape(query.shape) for state in states], dim=-2)
 
 
-def rms_norm(z: Tensor) -> Tensor:
+QUERY_EPS = 0.1
+"""Added to a query's mean square (about 1 at the start): a query near zero has no direction to be blown up, and would
+make rounding errors visible."""
+
+
+def rms_norm(z: Tensor, eps: float = 1e-6) -> Tensor:
     """``z / rms(z)`` over the last dimension."""
-    return F.rms_norm(z, z.shape[-1:], eps=1e-6)
+    return F.rms_norm(z, z.shape[-1:], eps=eps)
 
 
 def normed_state(z: Tensor, routed: Tensor) -> Tensor:
