@@ -47,17 +47,18 @@ class InstructionSource:
         """Whether instructions have any effect on this model."""
         return bool(self._encoders)
 
-    def context(self, instructions: Sequence[str]) -> AbstractContextManager[None]:
+    def context(self, instructions: Sequence[str], rows: Tensor | None = None) -> AbstractContextManager[None]:
         """A context around any forward pass or ``generate``; ``""`` is a row without an instruction.
 
         Args:
             instructions: one text a row. In ``generate``, rows that are expanded (beams, several sequences) keep
                 the instruction of the row they come from.
+            rows: of packed rows, which of the texts each token has, (B, T).
         """
         self._meet_adapters()
         if self.memory is None or not self._encoders:
             return nullcontext()
-        return self.memory.instructed({name: self.embed(instructions, name) for name in self._encoders})
+        return self.memory.instructed({name: self.embed(instructions, name) for name in self._encoders}, rows)
 
     def of(self, model: nn.Module) -> InstructionSource:
         """A source for another model, whose encoders are looked for in the same places."""

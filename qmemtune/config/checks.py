@@ -197,9 +197,6 @@ def reentrant(c: Config) -> Iterator[Problem]:
 def packing(c: Config) -> Iterator[Problem]:
     if not c.trainer.packing or not isinstance(c.adapter, QueryableConfig):
         return
-    if uses_prior(c.adapter):
-        fix = "set trainer.packing=false, or adapter.instruction_prior=0"
-        yield "trainer.packing", "a packed sequence has several instructions, and the prior takes one", fix
     if c.adapter.granularity == "row":
         yield "trainer.packing", "a route of a whole row would mix packed rows", "set adapter.granularity=token"
 

@@ -70,9 +70,10 @@ class PackedRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        packed: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": [], "origin": []}
+        packed: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": [], "origin": [], "instruction": []}
         for i in self.packs[index]:
             row = self.rows[i]
+            packed["instruction"].append(row["instruction"])
             packed["input_ids"] += row["input_ids"]
             packed["labels"] += row["labels"]
             packed["position_ids"] += range(len(row["input_ids"]))
@@ -94,9 +95,10 @@ class PackCollator:
     """Pads packs on the right to the longest of them.
 
     Returns, when called with B packs, ``input_ids``, ``labels``, ``position_ids`` and ``attention_mask``, LongTensors
-    of shape (B, T), ``instruction``, B empty texts, and ``origin``, a text for each row in any pack. The mask says
-    which tokens are real and is not for the model, which would take it to mean that each sequence is one row; padding
-    has positions of its own, as one more row.
+    of shape (B, T), ``instruction``, a text for each row in any pack and an empty one for padding, ``instruction_row``,
+    the number of each token's text, (B, T), and ``origin``, a text for each row. The mask says which tokens are real
+    and is not for the model, which would take it to mean that each sequence is one row; padding has positions of its
+    own, as one more row.
     """
 
     pad_token_id: int
@@ -115,4 +117,9 @@ class PackCollator:
             columns["attention_mask"].append([1] * length + [0] * rest)
         batch: dict[str, Any] = {name: torch.tensor(values) for name, values in columns.items()}
         origins = [origin for pack in packs for origin in pack.get("origin", [])]
-        return {**batch, "instruction": [""] * len(packs), "origin": origins}
+        starts = (batch["position_ids"] == 0) & (batch["attention_mask"] == 1)
+        instructions = [text for pack in packs for text in pack["instruction"]]
+        # Rows are counted in the order of their first tokens; padding takes the last text, which is empty.
+        number = starts.flatten().cumsum(0).view_as(starts) - 1
+        rows = number.where(batch["attention_mask"] == 1, len(instructions))
+        return {**batch, "instruction": [*instructions, ""], "instruction_row": rows, "origin": origins}

@@ -60,6 +60,8 @@ class LanguageTask(Task):
         """Labelled tokens, real tokens, and real tokens of rows with an instruction."""
         mask: Tensor = batch["attention_mask"]
         instructed = torch.tensor([bool(text) for text in batch["instruction"]], device=mask.device)
+        if "instruction_row" in batch:
+            instructed = instructed[batch["instruction_row"]]
         return torch.stack([count_targets(batch["labels"]), mask.sum(), mask[instructed].sum()])
 
     def origins(self, batch: Batch) -> list[str]:
@@ -70,13 +72,13 @@ class LanguageTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over labelled tokens."""
         inputs = dict(batch)
-        instructions = inputs.pop("instruction")
+        instructions, rows = inputs.pop("instruction"), inputs.pop("instruction_row", None)
         inputs.pop("origin", None)
         if "position_ids" in inputs:
             # Packed rows: a mask would tell transformers that each sequence is one row.
             inputs.pop("attention_mask")
         prompts = prompts_of(self.source.memory, inputs["labels"], IGNORED)
-        with self.source.context(instructions), prompts, self.labelled_loss.installed():
+        with self.source.context(instructions, rows), prompts, self.labelled_loss.installed():
             loss_sum, auxiliary = model(**inputs)
         return loss_sum, auxiliary
 

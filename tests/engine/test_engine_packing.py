@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from qmemtune.adapters import apply_adapter
@@ -29,7 +31,12 @@ SMALL = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-ADAPTERS = {"lora": LoraConfig(r=4), "queryable": QueryableConfig(r=4, num_atoms=4, key_dim=4, block_size=1)}
+MEMORY = {"r": 4, "num_atoms": 4, "key_dim": 4, "block_size": 1}
+ADAPTERS = {
+    "lora": LoraConfig(r=4),
+    "queryable": QueryableConfig(**MEMORY),
+    "prior": QueryableConfig(**MEMORY, instruction_prior=1.0),
+}
 
 
 def adapted(kind: str, config=None, kernel: str = "sdpa") -> torch.nn.Module:
@@ -42,25 +49,38 @@ def adapted(kind: str, config=None, kernel: str = "sdpa") -> torch.nn.Module:
     return model.train()
 
 
-def some_rows() -> list[dict[str, list[int]]]:
+def some_rows() -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for length in (5, 9, 3, 12, 7):
+    for number, length in enumerate((5, 9, 3, 12, 7)):
         ids = torch.randint(1, 96, (length,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]], "position_ids": list(range(length))})
+        row = {"input_ids": ids, "labels": [-100, -100, *ids[2:]], "position_ids": list(range(length))}
+        # One row without an instruction, two with the same one.
+        rows.append(row | {"instruction": ["", "a", "b", "a", "c"][number]})
     return rows
 
 
-def in_two_packs(rows) -> list[dict[str, list[int]]]:
-    return [{key: [x for i in pack for x in rows[i][key]] for key in rows[0]} for pack in ((0, 1, 2), (3, 4))]
+def in_two_packs(rows) -> list[dict]:
+    packs = [{key: [x for i in pack for x in rows[i][key]] for key in rows[0]} for pack in ((0, 1, 2), (3, 4))]
+    for pack, numbers in zip(packs, ((0, 1, 2), (3, 4)), strict=True):
+        pack["instruction"] = [rows[i]["instruction"] for i in numbers]
+    return packs
+
+
+def embedded(texts) -> torch.Tensor:
+    known = dict(zip("abc", F.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(1))), strict=True))
+    return torch.stack([known.get(text, torch.zeros(32)) for text in texts])
 
 
 def loss_and_gradients(model, batch):
-    inputs = {name: value for name, value in batch.items() if name != "instruction"}
+    inputs = dict(batch)
+    texts, rows = inputs.pop("instruction"), inputs.pop("instruction_row", None)
+    inputs.pop("origin", None)
     if "position_ids" in inputs:
         inputs.pop("attention_mask")
     model.zero_grad()
-    with LabelledLoss(model).installed():
+    memory, labelled = memory_of(model), LabelledLoss(model)
+    with memory.instructed(embedded(texts), rows) if memory else nullcontext(), labelled.installed():
         loss, _ = model(**inputs)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -115,11 +135,14 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(monkeypatch):
         check_rows_stay_apart(model, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "queryable"])
-def test_a_run_with_packed_rows(composed, recorder, adapter):
+@pytest.mark.parametrize(
+    ("adapter", "more"),
+    [("lora", []), ("queryable", []), ("queryable", ["adapter.instruction_prior=1", "adapter.prior_kl=0.1"])],
+)
+def test_a_run_with_packed_rows(composed, recorder, adapter, more):
     progress = recorder()
     overrides = ("trainer.packing=true", "data.max_length=200", "trainer.per_device_train_batch_size=1")
-    config = composed(*overrides, adapter=adapter)
+    config = composed(*overrides, *more, adapter=adapter)
     planned = plan(config)
     summary = train(config, progress=progress)
     assert summary["steps"] == 4
@@ -128,10 +151,6 @@ def test_a_run_with_packed_rows(composed, recorder, adapter):
     assert f"packed into {planned['rows']:,} sequences of up to 200 tokens" in line
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [("adapter.instruction_prior=1", "several instructions"), ("adapter.granularity=row", "whole row")],
-)
-def test_adapters_that_need_whole_rows_are_refused(override, words):
-    with pytest.raises(UserError, match=words):
-        compose(["recipe=quickstart", "trainer.packing=true", override])
+def test_routes_of_whole_rows_cannot_be_packed():
+    with pytest.raises(UserError, match="whole row"):
+        compose(["recipe=quickstart", "trainer.packing=true", "adapter.granularity=row"])

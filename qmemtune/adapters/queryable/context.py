@@ -46,6 +46,8 @@ class ForwardContext:
     instruction: Tensor | Mapping[str, Tensor] | None = None
     """Unit-norm instruction embeddings of the rows, (B, E), zeros for none, perhaps by adapter; kept for
     recomputation."""
+    instruction_rows: Tensor | None = None
+    """Of packed rows: which of the instructions each token has, (B, T)."""
     prompt_mask: Tensor | None = None
     """True for the tokens of each row's prompt, (B, T); for routes of whole rows only."""
     entries: set[int] = field(default_factory=set)
@@ -74,6 +76,7 @@ class ContextHolder(threading.local):
         entry: nn.Module,
         token_mask: Tensor | None,
         instruction: Tensor | Mapping[str, Tensor] | None,
+        instruction_rows: Tensor | None = None,
         prompt_mask: Tensor | None = None,
     ) -> bool:
         """A forward pass enters through ``entry``; returns whether this opened a context."""
@@ -90,7 +93,11 @@ class ContextHolder(threading.local):
             return False
         # A decoder that its model calls twice runs two passes.
         self.current = ForwardContext(
-            token_mask=token_mask, instruction=instruction, prompt_mask=prompt_mask, entries={id(entry)}
+            token_mask=token_mask,
+            instruction=instruction,
+            instruction_rows=instruction_rows,
+            prompt_mask=prompt_mask,
+            entries={id(entry)},
         )
         self.recomputing = False
         return True

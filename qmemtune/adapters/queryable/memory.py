@@ -67,6 +67,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self.holder = ContextHolder()
         self.observer: RouteObserver | None = None
         self.instruction: Tensor | Mapping[str, Tensor] | None = None
+        self.instruction_rows: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.divergence: dict[str, Tensor] = {}
         self._checkpointed: list[nn.Module] = []
@@ -143,7 +144,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         mask = kwargs.get("attention_mask")
         if not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = None
-        if not holder.enter(module, mask, self.instruction, self.prompt_mask):
+        if not holder.enter(module, mask, self.instruction, self.instruction_rows, self.prompt_mask):
             return
         self.divergence = {}
         for layer in self._checkpointed:
@@ -197,8 +198,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 )
             if config.has_prior:
                 # Once a block, though the same for all: so recomputation of any one layer meets the same tensors.
-                prior = self._log_prior(name, z, context.instruction)
-                prior = prior.view(prior.shape[0], *[1] * (logits.dim() - 2), prior.shape[-1])
+                prior = self._log_prior(name, z, context)
                 if config.has_prior_kl:
                     divergence = divergence_from_prior(logits, prior, context.token_mask)
                     if recording:
@@ -244,21 +244,28 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
     # --- instruction prior --------------------------------------------------------------------------------------
 
     @contextmanager
-    def instructed(self, embeddings: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
+    def instructed(self, embeddings: Tensor | Mapping[str, Tensor], rows: Tensor | None = None) -> Iterator[None]:
         """Give the rows of the forward passes inside their instructions.
 
         Args:
             embeddings: unit-norm instruction embeddings, (B, E); a row of zeros is a row without instruction. Where
                 adapters have different encoders, one such tensor an adapter.
+            rows: of packed rows, which of the embeddings each token has, (B, T).
         """
-        saved, self.instruction = self.instruction, embeddings
+        saved = self.instruction, self.instruction_rows
+        self.instruction, self.instruction_rows = embeddings, rows
         try:
             yield
         finally:
-            self.instruction = saved
+            self.instruction, self.instruction_rows = saved
 
-    def _log_prior(self, name: str, z: Tensor, given: Tensor | Mapping[str, Tensor] | None) -> Tensor:
-        """``log p(m | u)``, (B, M), for the rows of ``z`` (B, ..., R); zeros, hence no effect, without instruction."""
+    def _log_prior(self, name: str, z: Tensor, context: ForwardContext) -> Tensor:
+        """``log p(m | u)`` for the tokens of ``z`` (B, ..., R); zeros, hence no effect, without instruction.
+
+        Returns:
+            (B, 1..., M), one for each row; of packed rows one for each token, (B, ..., M).
+        """
+        given = context.instruction
         projection = float32(self.queryable_prior_projection[name], z)
         key = float32(self.queryable_prior_key[name], z)
         given = given.get(name) if isinstance(given, Mapping) else given
@@ -270,8 +277,12 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                     stacklevel=2,
                 )
             given = projection.new_zeros(1, projection.shape[1])
-        given = rows_of(given.to(projection), z.shape[0])
-        return log_prior(given, projection, key, self.configs[name].current_prior_temperature)
+        given, temperature = given.to(projection), self.configs[name].current_prior_temperature
+        if context.instruction_rows is not None:
+            prior = log_prior(given, projection, key, temperature)
+            return prior[context.instruction_rows.to(prior.device)].view(*z.shape[:-1], -1)
+        prior = log_prior(rows_of(given, z.shape[0]), projection, key, temperature)
+        return prior.view(prior.shape[0], *[1] * (z.dim() - 2), prior.shape[-1])
 
     # --- PEFT ---------------------------------------------------------------------------------------------------
 
