@@ -56,6 +56,17 @@ def test_transformers_alone_loads_the_live_model(make_run) -> None:
         assert torch.equal(base.eval()(IDS).logits, load_run(run, config).model(IDS).logits)
 
 
+def test_transformers_finds_the_base_of_a_live_folder_by_itself(make_run) -> None:
+    run, config = make_run(MEMORY, format="live")
+    folder = Path(export_run(run, config)["path"])
+    # A hub id stands there otherwise; a local folder's name is left out of what is shared.
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": config.model.path}))
+    found = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(found(IDS).logits, load_run(run, config).model(IDS).logits)
+
+
 def test_a_local_base_is_pinned_by_its_weights(make_run, base_folder) -> None:
     run, config = make_run(MEMORY, format="live")
     result = export_run(run, config)
