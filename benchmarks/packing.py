@@ -26,6 +26,8 @@ from qmemtune.engine.loss import LabelledLoss
 from qmemtune.models.hardware import autocast, compute_dtype, pick_device
 from qmemtune.models.loading import load_base, load_tokenizer
 
+NOT_FOR_THE_MODEL = ("instruction", "instruction_row", "origin")
+
 
 def batches(batching: Batching, size: int) -> Iterator[dict[str, Any]]:
     """Whole batches of one epoch."""
@@ -57,7 +59,7 @@ def main() -> None:
 
     def step(batch: dict[str, Any]) -> float:
         tokens = int(batch["attention_mask"].sum())
-        inputs = {name: value.to(device) for name, value in batch.items() if name != "instruction"}
+        inputs = {name: value.to(device) for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
         if "position_ids" in inputs:
             inputs.pop("attention_mask")
         start = time.perf_counter()
