@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmemtune.cli.quiet import hide_loading_bars, silence
+from qmemtune.credentials import hide
 from qmemtune.errors import Finding, UserError, write_failure
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def print_error(error: BaseException, *, as_json: bool, debug: bool) -> None:
     if number > 0 and isinstance(error, UserError):
         return
     if debug:
-        traceback.print_exception(error)
+        print(hide("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     if isinstance(error, UserError):
         findings, value = error.findings, error.as_dict()
     else:
@@ -129,7 +130,7 @@ def print_error(error: BaseException, *, as_json: bool, debug: bool) -> None:
         # The terminal breaks the line, so that a command in it can be copied whole.
         lines.print(_line(finding), soft_wrap=True)
     if as_json and number == 0:
-        write_json_line(sys.stdout, {"error": value})
+        write_json_line(sys.stdout, {"error": without_tokens(value)})
 
 
 def _failure(error: BaseException, number: int, debug: bool) -> Finding:
@@ -158,4 +159,13 @@ def _line(finding: Finding) -> Any:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split("\n"))
+    return hide(" ".join(text.split("\n")))
+
+
+def without_tokens(value: Any) -> Any:
+    """Plain values without access tokens in their texts."""
+    if isinstance(value, Mapping):
+        return {name: without_tokens(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_tokens(part) for part in value]
+    return hide(value) if isinstance(value, str) else value

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -249,7 +250,7 @@ def _compose_files(recipe: Path | None, given: Overrides) -> list[Setting]:
         return [setting for path, file in reachable.files.items() for setting in _packed(file.settings, path, folders)]
     try:
         order = _hydra_order(recipe, given, folders, reachable.listed)
-    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError) as error:
         where = shown(recipe) if recipe is not None else None
         given.findings.append(Finding(" ".join(str(error).split()), where, "mend the defaults list"))
         return []

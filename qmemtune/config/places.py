@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import qmemtune
@@ -76,6 +76,9 @@ def list_options(group: str, where: list[Path] | None = None) -> list[str]:
 
 def find_config(name: str, where: list[Path]) -> Path | None:
     """The file of the config ``group/option`` (or ``option``) in the first folder that has it."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        # A config is looked for in its folders and nowhere else.
+        return None
     for folder in where:
         path = folder / f"{name}{SUFFIX}"
         if path.is_file():

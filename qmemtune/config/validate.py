@@ -16,6 +16,7 @@ from qmemtune.config.schema import MISSING, Config
 from qmemtune.config.settings import DEFAULT, Setting
 from qmemtune.config.values import BadValue, from_text, from_yaml
 from qmemtune.config.yaml_file import CODE_KEY
+from qmemtune.credentials import hide, holds_token
 from qmemtune.errors import Finding
 
 
@@ -38,7 +39,7 @@ def validate(settings: Iterable[Setting]) -> Validated:
     kind = _adapter_kind(settings, findings)
     history: dict[str, list[Setting]] = {}
     for setting in settings:
-        problem = _problem_with_key(setting, kind)
+        problem = _token_in(setting) or _problem_with_key(setting, kind)
         if problem is not None:
             findings.append(problem)
         elif not (setting.key in sections() and not setting.is_text):
@@ -66,6 +67,14 @@ def _adapter_kind(settings: list[Setting], findings: list[Finding]) -> str:
     fix = f"did you mean {close[0]}?" if close else None
     findings.append(Finding(f"{KIND_KEY}: {kind!r} is not one of {', '.join(ADAPTERS)}", last.where, fix))
     return default
+
+
+def _token_in(setting: Setting) -> Finding | None:
+    """A config is written into run folders and cards, and a token must not be."""
+    if not holds_token(f"{setting.value} {setting.raw}"):
+        return None
+    fix = "leave it out: tokens are taken from the environment (HF_TOKEN, WANDB_API_KEY)"
+    return Finding(f"{setting.key} holds an access token, which a run would write down", hide(setting.where), fix)
 
 
 def _problem_with_key(setting: Setting, kind: str) -> Finding | None:

@@ -27,6 +27,7 @@ _FLOAT = re.compile(
     re.X,
 )
 _DATA_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+_MAP_TAG = "tag:yaml.org,2002:map"
 CODE_KEY = re.compile(r"^_[a-z]+_$")
 
 
@@ -119,6 +120,10 @@ def _walk_root(root: yaml.Node, loader: DataLoader, result: YamlFile) -> None:
 
 
 def _walk(node: yaml.MappingNode, prefix: str, loader: DataLoader, result: YamlFile) -> None:
+    if node.tag != _MAP_TAG:
+        what = f"{prefix[:-1]}: the tag" if prefix else "the tag"
+        result.findings.append(Finding(f"{what} {node.tag} is not allowed: a config is data", _at(result, node)))
+        return
     names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         line = [key for key, _ in node.value if key.value == name][1]

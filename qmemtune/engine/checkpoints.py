@@ -95,6 +95,7 @@ def checked(path: Path) -> Checkpoint:
         UserError: a newer version of this program wrote it.
     """
     checkpoint = read_manifest(path)
+    refuse_links(path)
     bad = [words for name in sorted(checkpoint.files) if (words := damage(path, name, checkpoint.files[name]))]
     named = NAME.fullmatch(path.name)
     if named and int(named[1]) != checkpoint.step:
@@ -106,6 +107,19 @@ def checked(path: Path) -> Checkpoint:
     if bad:
         raise NotComplete(f"checkpoint is damaged: {'; '.join(bad)}", where=str(path), fix=ANOTHER)
     return checkpoint
+
+
+def refuse_links(path: Path) -> None:
+    """Refuse a checkpoint that is a link, or holds one: what it leads to is no part of the run.
+
+    Raises:
+        NotComplete: with the first link.
+    """
+    link = next((entry for entry in (path, *path.rglob("*")) if entry.is_symlink()), None)
+    if link is not None:
+        raise NotComplete(
+            f"checkpoint holds a link: {link.name} leads to {os.readlink(link)}", where=str(path), fix=ANOTHER
+        )
 
 
 ANOTHER = "put a whole copy in its place, or go on from another checkpoint (resume=auto takes the newest complete one)"
@@ -263,7 +277,11 @@ def discard(path: Path) -> None:
     leaving = path.with_name(DELETING + path.name)
     shutil.rmtree(leaving, ignore_errors=True)
     path.rename(leaving)
-    shutil.rmtree(leaving)
+    if leaving.is_symlink():
+        # Only the link goes, not what it leads to.
+        leaving.unlink()
+    else:
+        shutil.rmtree(leaving)
 
 
 def digest(facts: dict[str, Any]) -> str:

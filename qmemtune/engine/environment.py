@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from qmemtune.credentials import hide
+
 PACKAGES = ("qmemtune", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 
@@ -19,7 +21,7 @@ def describe_environment(*, seed: int, world_size: int) -> dict[str, Any]:
     """Facts needed to repeat a run or to compare its speed."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [hide(word) for word in sys.argv],
         "working_directory": os.getcwd(),
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmemtune.config.schema import Config
+from qmemtune.credentials import hide
 from qmemtune.engine.checkpoints import Checkpoint, checked, found_checkpoints, newest_complete
 from qmemtune.engine.lock import refuse_if_in_use
 from qmemtune.errors import UserError
@@ -103,4 +104,4 @@ def resume_command(arguments: list[str], run: RunDir) -> str:
         # Not started by the command line's verb (a script, a test): name what is needed, no more.
         kept = ["train", "..."]
     words = ["qmemtune", *kept, f"run_dir={run.path}", "resume=auto"]
-    return " ".join(shlex.quote(word) for word in words)
+    return hide(" ".join(shlex.quote(word) for word in words))

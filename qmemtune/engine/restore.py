@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from qmemtune.adapters import InstructionSource
+from qmemtune.adapters.files import check_adapter_folder
 from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
 from qmemtune.errors import UserError
@@ -70,8 +71,9 @@ def load_adapted(adapter: Path, config: Config, *, device: torch.device | None =
         device: where to put the model; chosen by the hardware if not given.
 
     Raises:
-        UserError: the base cannot be loaded, or the adapter does not fit it.
+        UserError: the base cannot be loaded, or the adapter does not fit it or is refused.
     """
+    check_adapter_folder(adapter)
     device = device or pick_device()
     dtype = compute_dtype(config.model.compute_dtype, device)
     tokenizer = load_tokenizer(config.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -270,7 +271,14 @@ def go(trainer: RunTrainer, opened: Opened) -> None:
     if opened.checkpoint is None:
         trainer.train()
     elif opened.checkpoint.step < trainer.parts.steps.total:
-        trainer.train(resume_from_checkpoint=str(opened.checkpoint.path))
+        try:
+            trainer.train(resume_from_checkpoint=str(opened.checkpoint.path))
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                "a state in the checkpoint is refused, since loading it could run code: " + str(error).splitlines()[0],
+                where=str(opened.checkpoint.path),
+                fix="go on from a checkpoint of your own",
+            ) from error
     else:
         trainer.parts.progress.message(
             f"all {trainer.parts.steps.total} steps are done already: nothing is trained "

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qmemtune.config.schema import TrackingConfig
+from qmemtune.credentials import hide
 from qmemtune.errors import Finding, UserError
 from qmemtune.rundir import RunDir
 
@@ -62,7 +63,7 @@ class Backend(TrainerCallback):
             return getattr(self.inner, event)(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever a service or its client raises, training goes on
             self.inner = None
-            text = " ".join(str(error).split())
+            text = hide(" ".join(str(error).split()))
             self.tell(
                 f"warning: tracking with {self.name} failed and is switched off for this run "
                 f"({type(error).__name__}: {text}); metrics.jsonl goes on"

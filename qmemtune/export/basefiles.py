@@ -16,9 +16,8 @@ from transformers.utils import cached_file
 from qmemtune.errors import UserError
 from qmemtune.export.shards import Shard, read_shard
 from qmemtune.models.failures import explained
-from qmemtune.models.sources import Source
+from qmemtune.models.sources import INDEX, Source, weight_files
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 KEPT = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 TOKENIZER = (
@@ -118,7 +117,7 @@ def open_base(source: Source) -> BaseFiles:
             folder = _from_hub(source)
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+        names = weight_files(index, source.origin)
     elif (folder / SINGLE).is_file():
         index, names = None, [SINGLE]
     else:
@@ -135,6 +134,6 @@ def _from_hub(source: Source) -> Path:
     index = cached_file(source.location, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
     weights = [SINGLE]
     if index is not None:
-        weights = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        weights = weight_files(json.loads(Path(index).read_text(encoding="utf-8")), source.origin)
     patterns = ["config.json", INDEX, *weights, *KEPT, *TOKENIZER, CODE]
     return Path(snapshot_download(source.location, revision=revision, allow_patterns=patterns))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
@@ -81,6 +82,15 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
         raise UserError(
             f"not a Jinja template: {error.message} (line {error.lineno})", where="model.chat_template"
         ) from error
+    except SecurityError as error:
+        raise UserError(
+            f"the chat template reaches beyond the conversation: {error}",
+            where="model.chat_template",
+            fix="a template may use messages, tools and Jinja's own functions",
+        ) from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        # It may want another conversation than this one: that is found out where rows are rendered.
+        return
 
 
 def load_base(

