@@ -90,6 +90,7 @@ def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
         top_k=config.top_k,
         temperature=config.temperature,
         router_norm=config.router_norm,
+        center_cores=config.center_cores,
         depth_summary=config.depth_summary,
         granularity=config.granularity,
         shared_atoms=config.shared_atoms,

@@ -57,6 +57,8 @@ class QueryableConfig(AdapterConfig):
     router_norm: bool = True
     """RMS-normalise queries and keys, so that no routing logit exceeds temperature * sqrt(key_dim); without it routers
     collapse at high learning rates."""
+    center_cores: bool = True
+    """Take the atoms' mean out of their cores: what all atoms share, the factors of each layer can do themselves."""
     depth_summary: bool = True
     """Let later blocks attend over the states of earlier ones."""
     granularity: Literal["token", "row"] = "token"

@@ -22,7 +22,8 @@ VARIANTS = {
     "prior": {"instruction_prior": 0.7, "prior_kl": 0.3},
     "dropout": {"dropout": 0.3},
     "no-summary": {"depth_summary": False},
-    "no-router-norm": {"router_norm": False},
+    "plain-routes": {"router_norm": False, "center_cores": False},
+    "own-atoms": {"shared_atoms": False},
 }
 
 

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 
+from qmemtune.adapters.queryable import QueryableMemoryConfig
 from qmemtune.adapters.queryable.routing import top_k_softmax
 
 
@@ -54,7 +55,8 @@ def test_without_atoms_it_is_lora(family):
 def test_routes_are_convex(family, top_k):
     """Weights are non-negative and sum to one, all but ``top_k`` are exactly zero, and so the operator is bounded."""
     model = family.adapted(top_k=top_k)
-    core = family.memory(model).queryable_core["default"].detach()
+    memory = family.memory(model)
+    core = memory.cores("default", memory.queryable_core["default"]).detach()
     eye = torch.eye(core.shape[-1])
     bound = torch.linalg.matrix_norm(eye + core, ord=2).max()
     routes = family.routes(model, family.tokens(3, 11))
@@ -100,6 +102,29 @@ def test_normed_routes_cannot_run_away(family):
     assert weights[True] <= 1 / (1 + (atoms - 1) * math.exp(-2 * bound)) + 1e-6
     assert weights[False] > 0.999, "without the norm the routes are as sharp as can be"
     assert weights[True] < 0.99
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_all_atoms_share_has_no_effect(llama, shared):
+    """With centred cores, and atoms shared or not, a part that all atoms of a route have in common is taken out."""
+    options = {"num_atoms": 6, "block_size": 2, "shared_atoms": shared}
+    ids = llama.tokens(2, 7)
+    for center in (True, False):
+        model = llama.adapted(center_cores=center, **options)
+        before = llama.logits(model, ids)
+        with torch.no_grad():
+            llama.memory(model).queryable_core["default"].add_(torch.randn(4, 4))
+        assert torch.allclose(llama.logits(model, ids), before, atol=1e-4) == center
+
+
+def test_adapters_older_than_an_option_are_as_they_were():
+    new = QueryableMemoryConfig(r=4)
+    assert (new.router_norm, new.center_cores) == (True, True)
+    saved = {k: v for k, v in new.to_dict().items() if k not in ("router_norm", "center_cores")}
+    older = PeftConfig.from_peft_type(**saved)
+    assert (older.router_norm, older.center_cores) == (False, False)
+    again = PeftConfig.from_peft_type(**new.to_dict())
+    assert (again.router_norm, again.center_cores) == (True, True)
 
 
 def test_top_k_softmax_keeps_exactly_k_on_ties():

@@ -47,9 +47,15 @@ class QueryableMemoryConfig(PeftConfig):
     block_size: int = field(default=5, metadata={"help": "Decoder layers (in an MLP: linear layers) sharing a route."})
     top_k: int | None = field(default=None, metadata={"help": "Atoms kept for a token; all if None."})
     temperature: float = field(default=1.0, metadata={"help": "Multiplies the routing logits."})
-    router_norm: bool = field(
-        default=True,
-        metadata={"help": "RMS-normalise queries and keys, so that |logit| <= temperature * sqrt(key_dim)."},
+    router_norm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "RMS-normalise queries and keys, so |logit| <= temperature * sqrt(key_dim); on if None."
+        },
+    )
+    center_cores: bool | None = field(
+        default=None,
+        metadata={"help": "Take the atoms' mean out of their cores: A and B can do that themselves; on if None."},
     )
     depth_summary: bool = field(default=True, metadata={"help": "Queries attend over the states of earlier blocks."})
     init_core_std: float = field(default=0.02, metadata={"help": "Standard deviation of the cores at the start."})
@@ -92,6 +98,11 @@ class QueryableMemoryConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        # A saved adapter names its version; one that does not name these options is older than they are.
+        is_older = self.peft_version is not None
+        for name in ("router_norm", "center_cores"):
+            if getattr(self, name) is None:
+                setattr(self, name, not is_older)
         super().__post_init__()
         self.peft_type = QUERYABLE
         if self.alpha is None:

@@ -70,7 +70,7 @@ def mean_fold(model: nn.Module, forwards: Iterable[Callable[[], object]]) -> dic
     assert memory is not None
     operators = {}
     for path, layer, name in adapted_layers(model):
-        core = memory.queryable_core[name].detach().float()
+        core = memory.cores(name, memory.queryable_core[name]).detach()
         route = routes[layer.block[name]].to(core)
         operators[path] = torch.eye(core.shape[-1], device=core.device) + (route @ core.flatten(1)).view(core.shape[1:])
     return folded(model, operators)

@@ -205,7 +205,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                         state.divergences.append(divergence)
                 logits = logits + config.current_prior * prior
             weights = F.silu(logits) if config.generated_core else top_k_softmax(logits, config.top_k)
-            routed = routed_operator(weights, float32(self.queryable_core[name], z))
+            routed = routed_operator(weights, self.cores(name, z))
             if config.granularity == "row":
                 weights, routed = weights.expand(*z.shape[:-1], -1), routed.expand(*z.shape[:-1], -1, -1)
             summary = None
@@ -219,6 +219,19 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
             if self.observer is not None:
                 self.observer(name, block, weights.detach(), context.token_mask)
         return routed
+
+    def cores(self, name: str, like: Tensor) -> Tensor:
+        """The cores as they act, (M, R, R), float32 on the device of ``like``: without their mean, if so configured.
+
+        What all atoms have in common the factors of each layer can do themselves; in the cores, which all layers
+        share, it would scale every layer's update at once, at the memory's own learning rate.
+        """
+        config, core = self.configs[name], float32(self.queryable_core[name], like)
+        if not config.center_cores or config.generated_core:
+            return core
+        groups = 1 if config.shared_atoms else self.num_blocks(name)
+        grouped = core.unflatten(0, (groups, -1))
+        return (grouped - grouped.mean(dim=1, keepdim=True)).flatten(0, 1)
 
     def _pooled(self, config: QueryableMemoryConfig, states: Tensor, context: ForwardContext) -> Tensor:
         """States (B, T, R) as they are, or their mean over each row's prompt, (B, 1, R)."""

@@ -149,7 +149,7 @@ def active_adapter(memory: QueryableMemory) -> str:
 
 def atom_facts(memory: QueryableMemory, adapter: str) -> AtomFacts:
     """Norms and similarities of an adapter's atoms."""
-    core = memory.queryable_core[adapter].detach().double().flatten(1).cpu()
+    core = memory.cores(adapter, memory.queryable_core[adapter]).detach().double().flatten(1).cpu()
     key = memory.queryable_key[adapter].detach().double().cpu()
     similarity = []
     for vectors in (core, key):

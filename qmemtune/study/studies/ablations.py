@@ -13,7 +13,12 @@ CHANGES = (
     ("no_depth_summary", "without the depth summary", ("adapter.depth_summary=false",)),
     ("top_2", "the two strongest atoms of each route only", ("adapter.top_k=2",)),
     ("no_router_norm", "queries and keys not normalised", ("adapter.router_norm=false",)),
-    ("one_atom", "a single atom: one static core for all layers and tokens", ("adapter.num_atoms=1",)),
+    ("no_centering", "cores with their mean", ("adapter.center_cores=false",)),
+    (
+        "one_atom",
+        "a single atom: one static core for all layers and tokens",
+        ("adapter.num_atoms=1", "adapter.center_cores=false"),
+    ),
     ("fewer_atoms", "a quarter of the atoms", ("adapter.num_atoms={quarter}",)),
     ("more_atoms", "four times the atoms", ("adapter.num_atoms={fourfold}",)),
     ("one_block", "one route for all layers", ("adapter.block_size=1000",)),
