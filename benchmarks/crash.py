@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +37,13 @@ from qmemtune.rundir import RunDir, read_json
 from qmemtune.study.tables import table
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "sugar", "house", "green"]
+STEPS, EVERY = 14, 2
+"""Optimizer steps, and steps between two checkpoints."""
+SAVE_SECONDS = 0.05
+"""About what writing a checkpoint takes."""
 COMMON = (
     "data.eval_fraction=0.2", "adapter.r=4", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2",
-    "trainer.gradient_accumulation_steps=2", "trainer.max_steps=14", "trainer.logging_steps=3", "trainer.save_steps=2",
+    "trainer.gradient_accumulation_steps=2", f"trainer.max_steps={STEPS}", "trainer.logging_steps=3", f"trainer.save_steps={EVERY}",
     "evaluation.every_steps=4", "evaluation.samples.every_steps=5", "evaluation.samples.count=1",
     "evaluation.samples.max_new_tokens=4",
 )  # fmt: skip
@@ -72,6 +77,24 @@ class Kind:
     early: int = 0
     """Kills before there was any checkpoint."""
     failed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Moment:
+    """When to kill: so many seconds after the checkpoint of a step has its name, or after the next one is begun."""
+
+    step: int
+    saving: bool
+    seconds: float
+
+    @classmethod
+    def random(cls, draw: random.Random, seconds: float) -> Moment:
+        """Any stage of a run that takes so many seconds: a third while it saves, the rest anywhere, the end included."""
+        saving = draw.random() < 1 / 3
+        step = draw.randrange(-EVERY, STEPS + (not saving), EVERY)
+        # Below 0: while the run starts.
+        between = seconds / 2 if step < 0 else seconds / (STEPS / EVERY)
+        return cls(max(step, 0), saving, draw.uniform(0, SAVE_SECONDS if saving else between))
 
 
 def make_base(folder: Path) -> None:
@@ -127,18 +150,40 @@ def finish(number: int, log: Path) -> str | None:
     return None if code == 0 else f"exit code {code}: {log.read_text().strip().splitlines()[-1:]}"
 
 
-def killed(overrides: list[str], log: Path, after: float) -> bool:
-    """Train and kill it after so many seconds; False if it was done before."""
+def killed(overrides: list[str], log: Path, run: RunDir, moment: Moment) -> bool:
+    """Train and kill it at a moment; False if it was done before."""
     number = start(overrides, log)
-    time.sleep(after)
-    done, status = os.waitpid(number, os.WNOHANG)
-    if done:
-        if status:
-            raise SystemExit(log.read_text())
+
+    def wait_for(what: Callable[[], bool]) -> bool:
+        while not what():
+            done, status = os.waitpid(number, os.WNOHANG)
+            if done:
+                if status:
+                    raise SystemExit(log.read_text())
+                return False
+            time.sleep(0.0005)
+        return True
+
+    until = time.perf_counter()
+
+    def over() -> bool:
+        return time.perf_counter() >= until
+
+    if not wait_for(lambda: latest_step(run) >= moment.step):
+        return False
+    if moment.saving and not wait_for((run.checkpoints / WRITING).exists):
+        return False
+    until = time.perf_counter() + moment.seconds
+    if not wait_for(over):
         return False
     os.kill(number, signal.SIGKILL)
     os.waitpid(number, 0)
     return True
+
+
+def latest_step(run: RunDir) -> int:
+    """Of the checkpoints that have their name; 0 before the first."""
+    return max((int(path.name.partition("-")[2]) for path in run.checkpoints.glob("checkpoint-*")), default=0)
 
 
 def differences(whole: RunDir, run: RunDir) -> list[str]:
@@ -217,11 +262,11 @@ def attempt(kind: Kind, overrides: list[str], draw: random.Random, root: Path) -
     kills = 1 + (draw.random() < 1 / 3)
     while kills:
         log.unlink(missing_ok=True)
-        if killed(overrides, log, draw.uniform(0, kind.seconds)):
+        if killed(overrides, log, run, Moment.random(draw, kind.seconds)):
             kills -= 1
             kind.kills += 1
             kind.saving += (run.checkpoints / WRITING).exists()
-            kind.early += not list(run.checkpoints.glob("checkpoint-*"))
+            kind.early += latest_step(run) == 0
         else:
             shutil.rmtree(run.path, ignore_errors=True)
     problem = finish(start(overrides, log), log)

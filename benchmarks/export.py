@@ -25,7 +25,7 @@ from report import write_section
 
 from qmemtune.config.adapters import LoraConfig
 from qmemtune.config.compose import Composed, load_resolved
-from qmemtune.config.schema import Config
+from qmemtune.config.schema import Config, ResumeConfig
 from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import LoadedRun, load_run
 from qmemtune.engine.run import train
@@ -101,7 +101,7 @@ def from_scratch(live: LoadedRun, config: Config, rows: list[Any]) -> Measured:
     adapter = config.adapter
     lora = LoraConfig(r=adapter.r, alpha=adapter.alpha, target_modules=list(adapter.target_modules))
     with tempfile.TemporaryDirectory() as folder:
-        alone = replace(config, adapter=lora, run_dir=str(Path(folder) / "run"), resume=None)
+        alone = replace(config, adapter=lora, run_dir=str(Path(folder) / "run"), resume=ResumeConfig())
         start = time.perf_counter()
         train(Composed(alone, {}, alone.recipe))
         seconds = time.perf_counter() - start

@@ -269,11 +269,11 @@ def paths(c: Config) -> Iterator[Problem]:
             yield key, "is empty", None
     if isinstance(c.adapter, QueryableConfig) and c.adapter.prior_encoder != "base" and uses_prior(c.adapter):
         yield from _exists("adapter.prior_encoder", c.adapter.prior_encoder)
-    resume = c.resume
+    resume = c.resume.path
     if resume is not None and resume != "auto":
-        yield from _exists("resume", resume)
+        yield from _exists("resume.path", resume)
     if resume == "auto" and c.run_dir is None:
-        yield "resume", "auto needs to know the run folder", "give run_dir=, or resume=<path of a checkpoint>"
+        yield "resume.path", "auto needs to know the run folder", "give run_dir=, or resume=<path of a checkpoint>"
 
 
 def _exists(key: str, path: str) -> Iterator[Problem]:

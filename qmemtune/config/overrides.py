@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from qmemtune.config.adapters import ADAPTERS
 from qmemtune.config.fields import fields_of, nearest, sections
 from qmemtune.config.places import list_groups, list_options, list_recipes
+from qmemtune.config.renamed import SHORT
 from qmemtune.config.settings import Setting
 from qmemtune.errors import Finding
 
@@ -45,6 +46,7 @@ def _read_one(argument: str, groups: set[str], result: Overrides) -> None:
         return
     key, equals, value = argument.partition("=")
     key = key.strip().lstrip("+")
+    key = SHORT.get(key, key)
     if not equals or not _KEY.match(key.replace("/", ".")):
         result.findings.append(Finding("not an override", shown, _override_fix(argument)))
     elif key == "recipe":
@@ -60,6 +62,7 @@ def _read_one(argument: str, groups: set[str], result: Overrides) -> None:
 def _read_removal(argument: str, shown: str, groups: set[str], result: Overrides) -> None:
     # Hydra writes ~key=value too; the value adds nothing.
     key = argument[1:].partition("=")[0].strip()
+    key = SHORT.get(key, key)
     if key in groups:
         result.removed_groups.append(key)
         result.groups.pop(key, None)

@@ -1,4 +1,4 @@
-"""Options that have another name now: the configs of earlier runs still load."""
+"""Options that have another name, or a shorter one: the configs of earlier runs still load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from qmemtune.config.settings import Setting
 
-KEYS = {"export.overwrite": "export.force"}
+KEYS = {"export.overwrite": "export.force", "resume": "resume.path"}
+SHORT = {"resume": "resume.path"}
+"""Sections that an override may give a value, and the key that is meant."""
 
 
 def renamed(settings: list[Setting]) -> list[Setting]:

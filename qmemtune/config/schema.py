@@ -363,6 +363,16 @@ class TrackingConfig:
 
 
 @dataclass
+class ResumeConfig:
+    """Going on with a run; resume=VALUE is short for resume.path=VALUE."""
+
+    path: str | None = None
+    """auto: go on from the newest complete checkpoint of run_dir; or the path of a checkpoint."""
+    allow_changes: bool = False
+    """Go on although config, rows or packages changed in a way that makes the run end otherwise than it would have."""
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -383,7 +393,6 @@ class Config:
     """Name of the recipe; names the run folder."""
     run_dir: str | None = None
     """Run folder; runs/<recipe>/<timestamp> if not set."""
-    resume: str | None = None
-    """auto: go on from the newest checkpoint of run_dir; or the path of a checkpoint."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     seed: int = 0
     """Seed of initialisation, row order and dropout."""

@@ -165,6 +165,20 @@ class TokenRows(Sequence[dict[str, Any]]):
         whole = len(self.order) == len(self.table) and bool((self.order == np.arange(len(self.table))).all())
         return self.table if whole else self.table.take(self._indices())
 
+    def content(self) -> Iterator[bytes]:
+        """Bytes that are the same for the same rows in the same order, whatever tables they lie in; ``origin`` is left
+        out."""
+        yield self._lengths[self.order].tobytes()
+        yield self._prompt_lengths[self.order].tobytes()
+        for values, ends in ((self._tokens, self._token_ends), (self._spans, self._span_ends)):
+            yield np.diff(ends)[self.order].tobytes()
+            for row in self.order.tolist():
+                yield values[ends[row] : ends[row + 1]].tobytes()
+        for name in ("instruction", "answer", "group"):
+            taken = self._texts[name].take(self._indices())
+            for text in taken.to_pylist():
+                yield text.encode() + b"\0"
+
     def _indices(self) -> pa.Array:
         return numbers(array("q", self.order.tolist()))
 

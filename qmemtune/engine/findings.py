@@ -15,6 +15,8 @@ class Findings:
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
+        self.kinds: set[type[UserError]] = set()
+        """Of the errors that they came with."""
 
     def attempt(self, check: Callable[[], Result]) -> Result | None:
         """What a check gives, or None when it finds mistakes; those are kept, each once."""
@@ -22,6 +24,7 @@ class Findings:
             return check()
         except UserError as error:
             self.add(*error.findings)
+            self.kinds.add(type(error))
             return None
 
     def add(self, *findings: Finding) -> None:
@@ -29,6 +32,6 @@ class Findings:
         self.found.extend(finding for finding in findings if finding not in self.found)
 
     def report(self) -> None:
-        """Raise UserError with all of them, if there are any."""
+        """Raise UserError with all of them, if there are any; its special kind, if they are all of one."""
         if self.found:
-            raise UserError.many(self.found)
+            raise (next(iter(self.kinds)) if len(self.kinds) == 1 else UserError).many(self.found)

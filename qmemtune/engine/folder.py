@@ -43,16 +43,18 @@ def open_run(config: Config, *, make: bool = False) -> Opened:
 
 def choose(config: Config, make: bool) -> Opened:
     """The same without looking for other processes."""
-    if config.resume is None:
+    if config.resume.path is None:
         return Opened(new_folder(config, make), None, [])
-    if config.resume == "auto":
+    if config.resume.path == "auto":
         return newest(config)
-    checkpoint = checked(Path(config.resume))
+    checkpoint = checked(Path(config.resume.path))
     # A checkpoint lies in <run>/checkpoints/.
     run = RunDir(Path(config.run_dir) if config.run_dir else checkpoint.path.absolute().parent.parent)
     if not config.run_dir and not run.config.is_file():
         raise UserError(
-            "the checkpoint does not lie in a run folder", where=config.resume, fix="add run_dir=FOLDER for the new run"
+            "the checkpoint does not lie in a run folder",
+            where=config.resume.path,
+            fix="add run_dir=FOLDER for the new run",
         )
     return Opened(run, checkpoint, [])
 

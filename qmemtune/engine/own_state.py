@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import qmemtune
+from qmemtune.engine import made_with
 from qmemtune.engine.checkpoints import onto_disk
 from qmemtune.engine.metrics_log import count_lines
 from qmemtune.engine.parts import Parts
@@ -20,6 +21,7 @@ def save_own_state(parts: Parts, folder: Path, run: RunDir, step: int) -> dict[s
     """
     parts.totals.save(folder)
     parts.best.save(folder)
+    made_with.save(parts.made_with, folder)
     parts.heldout.measured.save(folder, {step, parts.best.step})
     logs = [path for path in run.logs if path.exists()]
     for path in logs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import Sampler
 
@@ -34,6 +35,8 @@ class Parts:
     stop: StopRequest
     totals: Totals
     best: Best
+    made_with: dict[str, Any]
+    """See :mod:`qmemtune.engine.made_with`."""
     bad_steps: BadSteps
     unwritten: Unwritten
     files: WatchedFiles

@@ -24,6 +24,7 @@ from qmemtune.data.rows import TokenRows
 from qmemtune.engine.arguments import refuse_data_parallel
 from qmemtune.engine.findings import Findings
 from qmemtune.engine.folder import Opened, open_run
+from qmemtune.engine.made_with import check_unchanged, made_with
 from qmemtune.engine.memory.estimate import TRAINED_ITEMSIZE, RunMemory, Workload
 from qmemtune.engine.memory.fit import Memory, capacity, fit_warning, size
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
@@ -120,10 +121,18 @@ def preflight(
     if rows is not None:
         steps = count_steps(len(rows.train), config.trainer, config.optimizer, world_size=world_size)
     if model is not None and steps is not None and opened is not None:
-        check_start(
-            config, opened, model, steps, found, world_size=world_size, sharded=args is not None and is_sharded(args)
-        )
-    if found.found and opened is not None and args is not None and config.run_dir is None and config.resume is None:
+        sharded = args is not None and is_sharded(args)
+        check_start(config, opened, model, steps, found, world_size=world_size, sharded=sharded)
+        if rows is not None and dtype is not None and not found.found:
+            changed = found.attempt(lambda: check_changes(config, opened, rows, steps, dtype=dtype, device=device))
+            notes = [*notes, *(changed or [])]
+    if (
+        found.found
+        and opened is not None
+        and args is not None
+        and config.run_dir is None
+        and config.resume.path is None
+    ):
         # The folder was made for this run; it stays if unusable rows were written into it.
         with suppress(OSError):
             opened.run.path.rmdir()
@@ -178,6 +187,16 @@ def check_start(
             )
         )
     found.attempt(lambda: check_disk(opened.run, disk_bytes(config, model, steps)))
+
+
+def check_changes(
+    config: Config, opened: Opened, rows: Rows, steps: StepCount, *, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """What the user should know about changes since the checkpoint was written; UserError if they are not allowed."""
+    if opened.checkpoint is None:
+        return []
+    now = made_with(config, rows.train, rows.prepared.heldout, steps, dtype=dtype, device=device)
+    return check_unchanged(opened.checkpoint, now, config)
 
 
 def disk_bytes(config: Config, model: nn.Module, steps: StepCount) -> int:

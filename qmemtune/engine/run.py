@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import TrainingArguments
 from qmemtune.adapters import describe
 from qmemtune.config.compose import Composed
 from qmemtune.config.dump import to_yaml
-from qmemtune.config.schema import Config
+from qmemtune.config.schema import Config, ResumeConfig
 from qmemtune.data.changes import WatchedFiles
 from qmemtune.engine import checkpoints
 from qmemtune.engine.arguments import refuse_data_parallel, settle, training_arguments
@@ -28,6 +29,7 @@ from qmemtune.engine.folder import Opened, open_run, resume_command
 from qmemtune.engine.heldout import HeldOut, Measured
 from qmemtune.engine.interrupt import Interrupted, StopRequest, listening
 from qmemtune.engine.lock import in_use
+from qmemtune.engine.made_with import made_with
 from qmemtune.engine.memory.exhausted import memory_errors_explained
 from qmemtune.engine.memory.fit import Memory, capacity
 from qmemtune.engine.metrics_log import JsonLines, plain
@@ -46,7 +48,7 @@ from qmemtune.engine.trainer import Parts, RunTrainer
 from qmemtune.engine.unwritten import Unwritten
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype, pick_device
-from qmemtune.rundir import RunDir, write_json
+from qmemtune.rundir import RunDir, write_json, write_text
 
 MakeTask = Callable[[TrainingArguments, torch.dtype], Task]
 
@@ -149,7 +151,7 @@ def run_in_folder(
             assert checked is not None
             task = build(config, args, checked=checked, loads=loads)
     if first:
-        run.config.write_text(to_yaml(task.resolved(config)), encoding="utf-8")
+        write_config(run, task.resolved(config))
     for line in [*task.report.lines(), *task.notes(args.world_size)]:
         progress.message(line)
     steps = count_steps(len(task.rows), config.trainer, config.optimizer, world_size=args.world_size)
@@ -195,13 +197,18 @@ def open_folder(opened: Opened, composed: Composed, args: TrainingArguments) -> 
     run = opened.run
     run.path.mkdir(parents=True, exist_ok=True)
     run.summary.unlink(missing_ok=True)
-    run.config.write_text(to_yaml(composed.config), encoding="utf-8")
+    write_config(run, composed.config)
     write_json(run.environment, describe_environment(seed=composed.config.seed, world_size=args.world_size))
     step = -1 if opened.checkpoint is None else opened.checkpoint.step
     for path in run.logs:
         JsonLines(path).truncate(step, opened.checkpoint.log_lines.get(path.name) if opened.checkpoint else None)
     run.checkpoints.mkdir(exist_ok=True)
     checkpoints.remove_later(run.checkpoints, step)
+
+
+def write_config(run: RunDir, config: Config) -> None:
+    """Write the run's config, without how this process went on with it: that checkpoint may be gone later."""
+    write_text(run.config, to_yaml(replace(config, resume=ResumeConfig())))
 
 
 def make_trainer(
@@ -256,6 +263,7 @@ def make_trainer(
         stop=stop,
         totals=totals,
         best=best,
+        made_with=made_with(config, task.rows, task.heldout, steps, dtype=task.dtype, device=args.device),
         bad_steps=bad_steps,
         unwritten=unwritten,
         files=files,
@@ -282,7 +290,7 @@ def go(trainer: RunTrainer, opened: Opened) -> None:
     else:
         trainer.parts.progress.message(
             f"all {trainer.parts.steps.total} steps are done already: nothing is trained "
-            "(a larger trainer.max_steps or trainer.num_train_epochs goes on)"
+            "(a larger trainer.max_steps or trainer.num_train_epochs goes on, with resume.allow_changes=true)"
         )
         trainer.only_finish(opened.checkpoint)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -40,6 +41,8 @@ class Task(ABC):
     heldout: Sequence[Any]
     """Held-out rows."""
     report: Report
+    dtype: torch.dtype
+    """Of the arithmetic."""
     collator: Callable[[Any], dict[str, Any]]
     """Rows to a batch."""
 

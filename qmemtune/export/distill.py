@@ -17,7 +17,7 @@ from qmemtune.adapters.queryable.fold import FoldedLayer, resized
 from qmemtune.config.adapters import LoraConfig
 from qmemtune.config.compose import Composed
 from qmemtune.config.dump import to_yaml
-from qmemtune.config.schema import Config, EvaluationConfig, TrackingConfig, TrainerConfig
+from qmemtune.config.schema import Config, EvaluationConfig, ResumeConfig, TrackingConfig, TrainerConfig
 from qmemtune.data.prepare import PreparedData
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.language import LanguageTask
@@ -88,7 +88,7 @@ def distilled(
         summary = read_json(inner.summary)
     else:
         progress.message(f"distilling into a LoRA of rank {config.adapter.r} (held-out KL {kl_start:.2e})")
-        config.resume = "auto"
+        config.resume = ResumeConfig("auto")
         try:
             with dequantized_on_cpu(live.model):
                 summary = train(

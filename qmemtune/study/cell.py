@@ -10,7 +10,9 @@ import time
 from typing import Any
 
 from qmemtune.config.compose import Composed
+from qmemtune.config.schema import Config, ResumeConfig
 from qmemtune.engine.checkpoints import newest_complete
+from qmemtune.engine.made_with import ChangedRun
 from qmemtune.engine.run import train
 from qmemtune.engine.shared import Loads
 from qmemtune.errors import Diverged
@@ -18,6 +20,8 @@ from qmemtune.rundir import RunDir
 from qmemtune.study.cells import Cell, decisive, is_run_of
 from qmemtune.study.folder import StudyDir
 
+STARTED = "cell.json"
+"""File of a run folder that says which cell it is of."""
 KEPT = ("trainable_parameters", "adapter_kind", "steps", "train_loss", "step_s_median", "tokens_per_s", "peak_rss_mib")
 """What of a run's summary is kept in a result."""
 
@@ -31,7 +35,7 @@ def run_cell(cell: Cell, folder: StudyDir, loads: Loads) -> dict[str, Any]:
     """
     run = folder.run(cell)
     begun = time.perf_counter()
-    config = dataclasses.replace(cell.config, run_dir=str(run.path), resume="auto" if goes_on(run, cell) else None)
+    config = dataclasses.replace(cell.config, run_dir=str(run.path))
     result: dict[str, Any] = {
         "cell": cell.name,
         "setting": cell.setting,
@@ -43,7 +47,7 @@ def run_cell(cell: Cell, folder: StudyDir, loads: Loads) -> dict[str, Any]:
         "diverged": False,
     }
     try:
-        summary = train(Composed(config, {}, config.recipe), loads=loads)
+        summary = train_cell(cell, config, run, loads)
     except Diverged:
         result |= {"diverged": True, "metrics": {}}
     else:
@@ -59,16 +63,32 @@ def run_cell(cell: Cell, folder: StudyDir, loads: Loads) -> dict[str, Any]:
     return result
 
 
+def train_cell(cell: Cell, config: Config, run: RunDir, loads: Loads) -> dict[str, Any]:
+    """Go on with an interrupted cell; start anew where it would not end as it began (with other packages, say)."""
+    config.resume = ResumeConfig("auto" if goes_on(run, cell) else None)
+    try:
+        return train(Composed(config, {}, config.recipe), loads=loads)
+    except ChangedRun:
+        clear(run, cell)
+        config.resume = ResumeConfig()
+        return train(Composed(config, {}, config.recipe), loads=loads)
+
+
 def goes_on(run: RunDir, cell: Cell) -> bool:
     """Whether an interrupted run of this very cell can go on; whatever else lies in its folder is removed."""
-    started = run.path / "cell.json"
+    started = run.path / STARTED
     same = started.is_file() and is_run_of(json.loads(started.read_text(encoding="utf-8")), cell.config)
     if same and newest_complete(run.checkpoints)[0]:
         return True
+    clear(run, cell)
+    return False
+
+
+def clear(run: RunDir, cell: Cell) -> None:
+    """An empty folder that is this cell's."""
     shutil.rmtree(run.path, ignore_errors=True)
     run.path.mkdir(parents=True)
-    started.write_text(json.dumps(decisive(cell.config)), encoding="utf-8")
-    return False
+    (run.path / STARTED).write_text(json.dumps(decisive(cell.config)), encoding="utf-8")
 
 
 def loss_before(run: RunDir) -> float | None:

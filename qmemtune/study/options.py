@@ -63,8 +63,8 @@ def read_request(arguments: Sequence[str]) -> Request:
                 setattr(request.options, key.removeprefix(PREFIX), _value(value, hints[key.removeprefix(PREFIX)]))
             except BadValue as bad:
                 findings.append(Finding(bad.problem, argument, bad.fix))
-        elif key in THE_STUDYS_OWN:
-            findings.append(Finding("a study sets this itself", argument, THE_STUDYS_OWN[key]))
+        elif (own := key.partition(".")[0]) in THE_STUDYS_OWN:
+            findings.append(Finding("a study sets this itself", argument, THE_STUDYS_OWN[own]))
         elif variant is not None:
             request.for_variants.setdefault(variant[1], []).append(variant[2])
         else:

@@ -170,7 +170,7 @@ def test_a_finished_run_resumed_says_so_and_another_is_refused(call, capsys, tra
     assert "all 2 steps are done already" in err
     assert Path("three/adapter/adapter_model.safetensors").read_bytes() == weights
     # Going on with more steps sees the recognised row form as no change.
-    assert call(*train, "trainer.max_steps=3", "resume=auto")["steps"] == 3
+    assert call(*train, "trainer.max_steps=3", "resume=auto", "resume.allow_changes=true")["steps"] == 3
 
 
 def stdin(text: str, *, terminal: bool) -> io.StringIO:

@@ -1,0 +1,196 @@
+"""What a checkpoint was made with (config, rows, versions, machine), and what is another since."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmemtune.config.adapters import QueryableConfig
+from qmemtune.config.dump import to_dict
+from qmemtune.config.schema import Config
+from qmemtune.config.settings import flatten
+from qmemtune.data.changes import all_files, state_of
+from qmemtune.data.fingerprint import rows_digest
+from qmemtune.engine.checkpoints import Checkpoint
+from qmemtune.engine.environment import PACKAGES, processor_name, version_of
+from qmemtune.engine.steps import StepCount
+from qmemtune.errors import Finding, UserError
+from qmemtune.rundir import read_json
+
+FILE = "made_with.json"
+NOT_TOLD = ("run_dir", "resume.")
+"""Keys that say where and how, not what."""
+HARMLESS = (
+    "description", "needs", "recipe", "export.", "tracking.", "evaluation.", "model.trust_remote_code",
+    "quantization.dequantized_copies", "trainer.logging_steps", "trainer.route_stats_steps", "trainer.save_steps",
+    "trainer.save_total_limit", "trainer.num_workers", "trainer.max_bad_steps", "trainer.profile",
+    "trainer.early_stopping_patience",
+)  # fmt: skip
+"""Keys, or starts of them, that change no step; they may change what is logged, measured and kept from here on."""
+LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")
+"""Keys that say how long a run is."""
+DECIDING = ("evaluation.every_steps", "evaluation.max_rows")
+"""Keys that decide what a run ends with, where it keeps the best adapter or stops early."""
+COMPUTE = ("qmemtune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""Packages whose other versions may compute other numbers."""
+
+
+class ChangedRun(UserError):
+    """A run that is to go on would not end as it would have."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is not as it was."""
+
+    words: str
+    breaks: bool
+    """Whether the run may end otherwise than it would have."""
+
+
+def made_with(
+    config: Config, train: Any, heldout: Any, steps: StepCount, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """All that a run's numbers follow from, as far as it is known.
+
+    Args:
+        config: the run.
+        train: its training rows.
+        heldout: its held-out rows.
+        steps: its optimizer steps.
+        dtype: of the arithmetic.
+        device: where it trains.
+    """
+    files = {str(path): state_of(path) for path in all_files(config.data)}
+    values = {setting.key: setting.value for setting in flatten(to_dict(config), "")}
+    return {
+        "config": json.loads(json.dumps(values)),
+        "rows": {"training rows": rows_digest(train), "held-out rows": rows_digest(heldout)},
+        # Size and time of the last change tell which file it was; the rows' digests tell whether it matters.
+        "files": {path: list(state[:2]) for path, state in files.items() if state is not None},
+        "steps": steps.total,
+        "versions": {name: version_of(name) for name in PACKAGES},
+        "dtype": str(dtype).removeprefix("torch."),
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processor": processor_name(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def save(facts: dict[str, Any], folder: Path) -> None:
+    """Write into a checkpoint folder."""
+    (folder / FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def changes_since(checkpoint: Checkpoint, now: dict[str, Any], config: Config) -> list[Change] | None:
+    """What changed since a checkpoint was written, what breaks exactness first; None if it does not say.
+
+    Args:
+        checkpoint: where a run goes on from.
+        now: :func:`made_with` of the run that goes on.
+        config: of that run.
+    """
+    if FILE not in checkpoint.files:
+        return None
+    then = read_json(checkpoint.path / FILE)
+    found = [*rows_changes(then, now), *config_changes(then, now, config), *package_changes(then, now, config)]
+    if then["dtype"] != now["dtype"]:
+        found.append(Change(f"the arithmetic was in {then['dtype']} and is in {now['dtype']}", True))
+    for name, value in now["machine"].items():
+        if then["machine"].get(name) != value:
+            words = f"{name} was {then['machine'].get(name)} and is {value} (numbers may differ in their last bits)"
+            found.append(Change(words, breaks=name == "device"))
+    return sorted(found, key=lambda change: not change.breaks)
+
+
+def rows_changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Rows that are others, and the files that changed."""
+    found = [
+        Change(f"the {name} are others", True) for name, digest in now["rows"].items() if then["rows"][name] != digest
+    ]
+    if not found:
+        return []
+    files = then["files"] | now["files"]
+    for path in files:
+        before, after = then["files"].get(path), now["files"].get(path)
+        if before is None or after is None:
+            found.append(Change(f"the data file {path} {'is new' if before is None else 'is used no more'}", True))
+        elif before != after:
+            size = f"had {before[0]:,} bytes and has {after[0]:,}" if before[0] != after[0] else "was written again"
+            found.append(Change(f"the data file {path} {size}", True))
+    return found
+
+
+def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[Change]:
+    """Options that are others."""
+    rows_differ = then["rows"] != now["rows"]
+    found = []
+    for key in dict.fromkeys([*then["config"], *now["config"]]):
+        before, after = then["config"].get(key), now["config"].get(key)
+        if before == after or key.startswith(NOT_TOLD):
+            continue
+        if key.startswith("data."):
+            # What the options make of the rows has been compared; packing also cuts them to a length.
+            breaks = rows_differ or (key == "data.max_length" and config.trainer.packing)
+        elif key in LENGTHS:
+            breaks = then["steps"] != now["steps"] and not may_be_longer(config)
+        elif key in DECIDING:
+            breaks = config.trainer.keep_best or config.trainer.early_stopping_patience is not None
+        else:
+            breaks = not key.startswith(HARMLESS)
+        found.append(Change(f"{key} was {shown(before)} and is {shown(after)}", breaks))
+    return found
+
+
+def may_be_longer(config: Config) -> bool:
+    """Whether a run's first steps do not depend on how many follow."""
+    adapter = config.adapter
+    moving = isinstance(adapter, QueryableConfig) and any(
+        value is not None
+        for value in (adapter.instruction_prior_final, adapter.prior_temperature_final, adapter.prior_kl_final)
+    )
+    return config.optimizer.schedule == "constant" and not moving
+
+
+def package_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[Change]:
+    """Packages in other versions."""
+    eight_bit = config.quantization.kind != "none" or config.optimizer.name.endswith("8bit")
+    found = []
+    for name, version in now["versions"].items():
+        before = then["versions"].get(name)
+        if before != version:
+            breaks = name in COMPUTE and (eight_bit or name != "bitsandbytes")
+            found.append(Change(f"{name} was {before} and is {version}", breaks))
+    return found
+
+
+def shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def check_unchanged(checkpoint: Checkpoint, now: dict[str, Any], config: Config) -> list[str]:
+    """What the user should know about changes since a checkpoint was written.
+
+    Raises:
+        ChangedRun: a change breaks exactness and ``resume.allow_changes`` is not set.
+    """
+    found = changes_since(checkpoint, now, config)
+    if found is None:
+        return [f"{checkpoint.path} does not say what it was made with: nothing is compared with this run's config"]
+    breaking = [change for change in found if change.breaks]
+    if breaking and not config.resume.allow_changes:
+        fix = "make it what it was, or add resume.allow_changes=true: the run then ends otherwise than it would have"
+        raise ChangedRun.many([Finding(change.words, str(checkpoint.path), fix) for change in breaking])
+    since = f"since {checkpoint.path.name}"
+    return [
+        f"warning: {since} {change.words}: the run ends otherwise than it would have"
+        if change.breaks
+        else f"{since} {change.words}"
+        for change in found
+    ]

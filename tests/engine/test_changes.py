@@ -1,0 +1,143 @@
+"""A resume says what changed since the checkpoint, and needs a word where the run would not end as it began."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qmemtune.engine import made_with
+from qmemtune.engine.checkpoints import digest
+from qmemtune.engine.made_with import ChangedRun
+from qmemtune.engine.plan import plan
+from qmemtune.engine.run import train
+from qmemtune.errors import UserError
+
+LONG = ("trainer.max_steps=4", "trainer.save_steps=2", "evaluation.at_end=false", "trainer.save_total_limit=9")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def halfway(kept: Path, composed, tmp_path: Path, rows_file: Path):
+    """Plans to go on from step 2 of a run of 4; gives what is told."""
+    if not kept.exists():
+        shutil.copy(rows_file, kept.parent / "rows.jsonl")
+        train(composed(*LONG, f"data.path={kept.parent / 'rows.jsonl'}"))
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+        shutil.copytree(tmp_path / "run", kept)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    shutil.copytree(kept, tmp_path / "run")
+
+    def go_on(*overrides: str, rows: Path = kept.parent / "rows.jsonl") -> list[str]:
+        found = plan(composed(*LONG, f"data.path={rows}", "resume=auto", *overrides))
+        return [line for line in found["warnings"] if "since checkpoint-2" in line]
+
+    return go_on
+
+
+def test_nothing_changed_nothing_is_said(halfway):
+    assert halfway() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.learning_rate=0.02", "optimizer.learning_rate was 0.01 and is 0.02"),
+        ("optimizer.schedule=linear", 'optimizer.schedule was "cosine" and is "linear"'),
+        ("trainer.max_steps=9", "trainer.max_steps was 4 and is 9"),
+        ("trainer.length_grouping=false", "trainer.length_grouping was true and is false"),
+        ("trainer.max_grad_norm=0", "trainer.max_grad_norm was 1.0 and is 0.0"),
+        ("seed=7", "seed was 0 and is 7"),
+        ("quantization=nf4", 'quantization.kind was "none" and is "nf4"'),
+        ("data.max_length=40", "the training rows are others"),
+        ("data.eval_fraction=0.3", "data.eval_fraction was 0.2 and is 0.3"),
+        ("model.compute_dtype=bfloat16", "the arithmetic was in float32 and is in bfloat16"),
+    ],
+)
+def test_a_change_that_matters_needs_a_word(halfway, override, words):
+    with pytest.raises(ChangedRun) as error:
+        halfway(override)
+    assert words in str(error.value)
+    assert "resume.allow_changes=true" in str(error.value)
+    told = halfway(override, "resume.allow_changes=true")
+    assert any(line.startswith("warning") and words in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.save_steps=3", "trainer.save_steps was 2 and is 3"),
+        ("trainer.logging_steps=1", "trainer.logging_steps was 2 and is 1"),
+        ("evaluation.every_steps=2", "evaluation.every_steps was not set and is 2"),
+        ("data.max_length=512", "data.max_length was 1024 and is 512"),
+        ("tracking.name=other", 'tracking.name was not set and is "other"'),
+    ],
+)
+def test_a_change_that_does_not_matter_is_only_said(halfway, override, words):
+    assert halfway(override) == [f"since checkpoint-2 {words}"]
+
+
+def test_a_changed_data_file_is_named(halfway, kept, tmp_path):
+    rows, moved = kept.parent / "rows.jsonl", tmp_path / "moved.jsonl"
+    lines = rows.read_text().splitlines()
+    moved.write_text("\n".join(lines) + "\n")
+    assert [line.partition(" and is ")[0] for line in halfway(rows=moved)] == [
+        f'since checkpoint-2 data.path was "{rows}"'
+    ]
+    before = rows.read_text()
+    rows.write_text(before.replace("piano", "organ"))
+    try:
+        with pytest.raises(ChangedRun) as error:
+            halfway()
+        assert f"the data file {rows} was written again" in str(error.value)
+        rows.write_text("\n".join(lines[1:]) + "\n")
+        with pytest.raises(ChangedRun, match=r"had [\d,]+ bytes and has [\d,]+"):
+            halfway()
+    finally:
+        rows.write_text(before)
+    # The same rows, written again.
+    assert halfway() == []
+
+
+def test_another_version_is_named(halfway, monkeypatch):
+    real = made_with.version_of
+    monkeypatch.setattr(made_with, "version_of", lambda name: "9.9" if name == "torch" else real(name))
+    with pytest.raises(ChangedRun, match=r"torch was .* and is 9\.9"):
+        halfway()
+    assert "is 9.9" in halfway("resume.allow_changes=true")[0]
+    monkeypatch.setattr(made_with, "version_of", lambda name: "9.9" if name in ("tokenizers", "datasets") else real(name))
+    assert len(halfway()) == 2
+    assert not any(line.startswith("warning") for line in halfway())
+
+
+def test_a_constant_schedule_may_go_on_for_longer(composed, adapter_bytes):
+    options = ("optimizer.schedule=constant", "evaluation.at_end=false")
+    whole = train(composed(*options, "trainer.max_steps=3", run="whole"))
+    train(composed(*options, "trainer.max_steps=2", run="longer"))
+    longer = train(composed(*options, "trainer.max_steps=3", "resume=auto", run="longer"))
+    assert adapter_bytes(Path(longer["adapter"])) == adapter_bytes(Path(whole["adapter"]))
+
+
+def test_an_allowed_change_is_part_of_the_next_checkpoint(halfway, composed, kept, tmp_path):
+    changed = ("optimizer.learning_rate=0.02", f"data.path={kept.parent / 'rows.jsonl'}")
+    train(composed(*LONG, *changed, "resume=auto", "resume.allow_changes=true"))
+    stored = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / made_with.FILE).read_text())
+    assert stored["config"]["optimizer.learning_rate"] == 0.02
+    # How a run was gone on with is no part of it.
+    assert "path: null\n  allow_changes: false" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(halfway, tmp_path):
+    path = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    facts = json.loads((path / "manifest.json").read_text())
+    del facts["digest"]
+    facts |= {"format": 99, "qmemtune": "77.0"}
+    (path / "manifest.json").write_text(json.dumps({**facts, "digest": digest(facts)}))
+    with pytest.raises(UserError, match=r"format 99.*upgrade qmemtune to 77\.0"):
+        halfway()
