@@ -43,7 +43,8 @@ SAVE_SECONDS = 0.05
 """About what writing a checkpoint takes."""
 COMMON = (
     "data.eval_fraction=0.2", "adapter.r=4", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2",
-    "trainer.gradient_accumulation_steps=2", f"trainer.max_steps={STEPS}", "trainer.logging_steps=3", f"trainer.save_steps={EVERY}",
+    "trainer.gradient_accumulation_steps=2", f"trainer.max_steps={STEPS}", "trainer.logging_steps=3",
+    f"trainer.save_steps={EVERY}",
     "evaluation.every_steps=4", "evaluation.samples.every_steps=5", "evaluation.samples.count=1",
     "evaluation.samples.max_new_tokens=4",
 )  # fmt: skip
@@ -89,7 +90,7 @@ class Moment:
 
     @classmethod
     def random(cls, draw: random.Random, seconds: float) -> Moment:
-        """Any stage of a run that takes so many seconds: a third while it saves, the rest anywhere, the end included."""
+        """Any stage of a run that takes so many seconds: a third while it saves, the rest anywhere."""
         saving = draw.random() < 1 / 3
         step = draw.randrange(-EVERY, STEPS + (not saving), EVERY)
         # Below 0: while the run starts.

@@ -19,6 +19,7 @@ from qmemtune.cli.generate import generate
 from qmemtune.cli.inspect import inspect
 from qmemtune.cli.merge_export import merge_export
 from qmemtune.cli.recipes import recipes
+from qmemtune.cli.resume_check import resume_check
 from qmemtune.cli.study import study
 from qmemtune.cli.train import train
 from qmemtune.errors import UserError
@@ -39,6 +40,7 @@ app.command("merge-export")(merge_export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("study")(study)
+app.command("resume-check")(resume_check)
 app.command("doctor")(doctor)
 app.command("estimate")(estimate)
 app.command("recipes")(recipes)

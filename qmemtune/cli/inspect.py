@@ -9,6 +9,7 @@ import typer
 
 from qmemtune.cli.options import Debug, Json, Overrides, Quiet
 from qmemtune.cli.output import NO_PICTURE, Output, output, plain
+from qmemtune.cli.target import load_target, with_run_dir
 from qmemtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,22 +40,7 @@ def inspect(
         out.result(report, lambda console: _show(console, report))
 
 
-def with_run_dir(arguments: Sequence[str]) -> list[str]:
-    """The arguments with a bare run folder written as ``run_dir=``.
-
-    Raises:
-        UserError: more than one run is named.
-    """
-    folders = [a for a in arguments if "=" not in a and not a.startswith(("+", "~"))]
-    rest = [a for a in arguments if a not in folders]
-    named = folders + [a.partition("=")[2] for a in rest if a.startswith("run_dir=")]
-    if len(named) > 1:
-        raise UserError(f"{len(named)} runs are named: {', '.join(named)}", fix="name one run folder")
-    return [f"run_dir={folder}" for folder in folders] + rest
-
-
 def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any]:
-    from qmemtune.cli.target import load_target
     from qmemtune.config.checks import is_regression
 
     run, composed = load_target(overrides, out)

@@ -30,6 +30,20 @@ def take(key: str, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     return value, rest
 
 
+def with_run_dir(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a bare run folder written as ``run_dir=``.
+
+    Raises:
+        UserError: more than one run is named.
+    """
+    folders = [a for a in arguments if "=" not in a and not a.startswith(("+", "~"))]
+    rest = [a for a in arguments if a not in folders]
+    named = folders + [a.partition("=")[2] for a in rest if a.startswith("run_dir=")]
+    if len(named) > 1:
+        raise UserError(f"{len(named)} runs are named: {', '.join(named)}", fix="name one run folder")
+    return [f"run_dir={folder}" for folder in folders] + rest
+
+
 def split_export(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The exported folder that overrides speak of, and the other overrides.
 

@@ -22,7 +22,7 @@ from qmemtune.errors import Finding, UserError
 from qmemtune.rundir import read_json
 
 FILE = "made_with.json"
-NOT_TOLD = ("run_dir", "resume.")
+NOT_KEPT = ("run_dir", "resume.")
 """Keys that say where and how, not what."""
 HARMLESS = (
     "description", "needs", "recipe", "export.", "tracking.", "evaluation.", "model.trust_remote_code",
@@ -66,9 +66,9 @@ def made_with(
         device: where it trains.
     """
     files = {str(path): state_of(path) for path in all_files(config.data)}
-    values = {setting.key: setting.value for setting in flatten(to_dict(config), "")}
+    settings = [setting for setting in flatten(to_dict(config), "") if not setting.key.startswith(NOT_KEPT)]
     return {
-        "config": json.loads(json.dumps(values)),
+        "config": {setting.key: setting.value for setting in settings},
         "rows": {"training rows": rows_digest(train), "held-out rows": rows_digest(heldout)},
         # Size and time of the last change tell which file it was; the rows' digests tell whether it matters.
         "files": {path: list(state[:2]) for path, state in files.items() if state is not None},
@@ -133,7 +133,7 @@ def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) ->
     found = []
     for key in dict.fromkeys([*then["config"], *now["config"]]):
         before, after = then["config"].get(key), now["config"].get(key)
-        if before == after or key.startswith(NOT_TOLD):
+        if before == after:
             continue
         if key.startswith("data."):
             # What the options make of the rows has been compared; packing also cuts them to a length.

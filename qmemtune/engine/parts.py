@@ -35,6 +35,8 @@ class Parts:
     stop: StopRequest
     totals: Totals
     best: Best
+    until: int | None
+    """Optimizer step after which this process stops, although the run goes on; None: at its end."""
     made_with: dict[str, Any]
     """See :mod:`qmemtune.engine.made_with`."""
     bad_steps: BadSteps

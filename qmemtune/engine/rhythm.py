@@ -44,6 +44,9 @@ class Stepped(Protocol):
     ended: bool
     """Whether no step is to be made any more."""
 
+    paused: bool
+    """Whether the run was to go no further than this step for now."""
+
     def catch_up(self) -> None:
         """Called before the first step of this process."""
 
@@ -108,6 +111,8 @@ class Rhythm(TrainerCallback):
         if self.run.stop_requested():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+        elif self.run.paused:
+            control.should_save = control.should_training_stop = True
         return control
 
     def on_train_end(

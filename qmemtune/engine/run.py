@@ -59,6 +59,7 @@ def train(
     progress: Progress | None = None,
     loads: Loads | None = None,
     make_task: MakeTask | None = None,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Train an adapter and write the run folder.
 
@@ -67,6 +68,7 @@ def train(
         progress: is told what happens; in the first process only.
         loads: what earlier runs of this process loaded, to be used again where it is the same.
         make_task: makes another task than the config's own; the adapter is the config's all the same.
+        until: stop after this optimizer step, with a checkpoint; nothing is written that marks an end.
 
     Returns:
         The summary that summary.json holds.
@@ -112,6 +114,7 @@ def train(
             loads=loads,
             make_task=make_task,
             files=files,
+            until=until,
         )
 
 
@@ -126,6 +129,7 @@ def run_in_folder(
     loads: Loads,
     make_task: MakeTask | None,
     files: WatchedFiles,
+    until: int | None,
 ) -> dict[str, Any]:
     """:func:`train` from where the run folder is this run's.
 
@@ -139,6 +143,7 @@ def run_in_folder(
         loads: what earlier runs of this process loaded.
         make_task: see :func:`train`.
         files: the files that the rows come from.
+        until: see :func:`train`.
     """
     config, run, memory = composed.config, opened.run, checked.memory if checked else None
     first = args.process_index == 0
@@ -158,7 +163,7 @@ def run_in_folder(
     settle(args, run, steps)
     use_folder(config.tracking, run)
     with listening() as stop:
-        trainer = make_trainer(config, args, task, run, steps, progress, stop, opened, files)
+        trainer = make_trainer(config, args, task, run, steps, progress, stop, opened, files, until)
         progress.start(
             steps.total,
             {
@@ -186,6 +191,8 @@ def run_in_folder(
                 fix=f"go on with: {resume_command(sys.argv, run)}",
                 signum=stop.signum or 15,
             )
+    if trainer.paused:
+        return summarise(trainer, task, run, memory)
     summary = write_results(trainer, task, run, memory)
     if args.world_size > 1:
         torch.distributed.destroy_process_group()
@@ -221,6 +228,7 @@ def make_trainer(
     stop: StopRequest,
     opened: Opened,
     files: WatchedFiles,
+    until: int | None,
 ) -> RunTrainer:
     """Put the trainer together; with a checkpoint, after checking that it fits."""
     first = args.process_index == 0
@@ -263,6 +271,7 @@ def make_trainer(
         stop=stop,
         totals=totals,
         best=best,
+        until=until,
         made_with=made_with(config, task.rows, task.heldout, steps, dtype=task.dtype, device=args.device),
         bad_steps=bad_steps,
         unwritten=unwritten,

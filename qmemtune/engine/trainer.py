@@ -311,6 +311,12 @@ class RunTrainer(Trainer):
         return self.state.global_step >= self.parts.steps.total
 
     @property
+    def paused(self) -> bool:
+        """Whether the run was to go no further than this step for now."""
+        until = self.parts.until
+        return until is not None and self.state.global_step >= until and not self.complete
+
+    @property
     def interrupted(self) -> bool:
         """Whether a signal stopped the run before its end, be it in the last evaluation."""
         unfinished = self._stopping and not self.complete and not self.stopped_early
@@ -357,7 +363,7 @@ class RunTrainer(Trainer):
 
     def finish(self) -> None:
         """After the last step: go back to the best adapter if it is to be kept, and evaluate what the run ends with."""
-        if self.interrupted or self.parts.bad_steps.exhausted:
+        if self.interrupted or self.paused or self.parts.bad_steps.exhausted:
             return
         try:
             self._finish()

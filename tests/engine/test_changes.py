@@ -111,7 +111,9 @@ def test_another_version_is_named(halfway, monkeypatch):
     with pytest.raises(ChangedRun, match=r"torch was .* and is 9\.9"):
         halfway()
     assert "is 9.9" in halfway("resume.allow_changes=true")[0]
-    monkeypatch.setattr(made_with, "version_of", lambda name: "9.9" if name in ("tokenizers", "datasets") else real(name))
+    monkeypatch.setattr(
+        made_with, "version_of", lambda name: "9.9" if name in ("tokenizers", "datasets") else real(name)
+    )
     assert len(halfway()) == 2
     assert not any(line.startswith("warning") for line in halfway())
 
