@@ -91,7 +91,7 @@ def test_a_checkpoint_that_does_not_fit_stands_beside_other_findings(run_config,
 def test_the_checkpoint_of_an_initialisation_that_needs_weights_is_taken(run_config, tmp_path):
     train(run_config("trainer.max_steps=1", "adapter.init=olora"))
     (tmp_path / "run" / "summary.json").unlink()
-    planned = plan(run_config("trainer.max_steps=2", "adapter.init=olora", "resume=auto"))
+    planned = plan(run_config("trainer.max_steps=2", "adapter.init=olora", "resume=auto", "resume.allow_changes=true"))
     assert planned["first_step"] == 1
 
 
