@@ -13,7 +13,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev demo test test-slow studies-readme lint format wheel clean
+.PHONY: help venv install install-dev demo test test-slow studies-readme lint audit format wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,11 +60,16 @@ test-slow: $(DEV_READY) ## run the tests, the slow ones too
 studies-readme: $(DEV_READY) ## renew README's section of studies from benchmarks/studies
 	$(BIN)/python -m qmemtune.study.readme
 
-lint: $(DEV_READY) ## check style, types and the direction of imports
+lint: $(DEV_READY) ## check style, security, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(DEV_READY) ## look for known holes in the pinned packages (asks PyPI)
+	@$(PYTHON) -m venv $(VENV)/audit 2>/dev/null || $(PYTHON) -m virtualenv --quiet $(VENV)/audit
+	@$(VENV)/audit/bin/python -m pip install -qq --disable-pip-version-check --no-input 'pip-audit>=2.7'
+	$(VENV)/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 format: $(DEV_READY) ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .

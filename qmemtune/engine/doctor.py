@@ -191,8 +191,11 @@ def hub() -> Iterator[Result]:
         yield Result("hub", "note", "HF_HUB_OFFLINE is set: nothing is downloaded", f"unset it, or {remedy}")
         return
     endpoint = os.environ.get("HF_ENDPOINT", HUB)
+    if not endpoint.startswith(("https://", "http://")):
+        yield Result("hub", "note", "HF_ENDPOINT is no address of a hub", f"unset it, or {remedy}")
+        return
     try:
-        with urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S):
+        with urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S):  # noqa: S310 - the scheme is checked
             pass
     except HTTPError as error:
         # It answers, if not to this question.

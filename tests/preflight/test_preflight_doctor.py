@@ -67,6 +67,13 @@ def test_an_unreachable_hub_is_a_note_with_a_remedy(monkeypatch):
     assert "model.path=" in found.remedy
 
 
+def test_an_endpoint_that_is_no_address_is_not_opened(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "file:///etc/hostname")
+    (found,) = doctor.hub()
+    assert (found.level, found.found) == ("note", "HF_ENDPOINT is no address of a hub")
+
+
 def test_a_broken_bitsandbytes_is_a_warning(monkeypatch):
     import bitsandbytes
 
