@@ -15,8 +15,10 @@ from qmemtune.errors import UserError
 RUNS_ROOT = Path("runs")
 EXPORT_MARKER = "qmemtune.json"
 """File that marks an exported folder and says what it was made from."""
-CHECKPOINT_FORMAT = 2
-"""Of what this version writes. 1: manifests without checksums."""
+FORMAT_FILE = "format.json"
+"""File of a run folder and of its adapter that says in which format they are; the first one had none."""
+RUN_FORMAT, CHECKPOINT_FORMAT, ADAPTER_FORMAT = 2, 2, 2
+"""Of what this version writes. 1: resume was an option without section; manifests had no checksums."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:
                 where=str(path),
                 fix="give the folder that `qmemtune train` printed, such as runs/quickstart/<timestamp>",
             )
+        check_format(run.path, "run folder", RUN_FORMAT)
         return run
     found = [summary for summary in root.glob("**/summary.json") if (summary.parent / "config.yaml").is_file()]
     if not found:
@@ -170,7 +173,29 @@ def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:
             where=str(root.absolute()),
             fix="train one with `qmemtune train recipe=quickstart`, or name a run folder with run_dir=",
         )
-    return RunDir(max(found, key=lambda p: p.stat().st_mtime_ns).parent)
+    newest = max(found, key=lambda p: p.stat().st_mtime_ns).parent
+    check_format(newest, "run folder", RUN_FORMAT)
+    return RunDir(newest)
+
+
+def write_format(folder: Path, number: int) -> None:
+    """Write in which format a folder is, and by which version."""
+    write_json(folder / FORMAT_FILE, {"format": number, "qmemtune": __version__})
+
+
+def check_format(folder: Path, what: str, known: int) -> None:
+    """Refuse a folder that a newer version has written.
+
+    Raises:
+        UserError: it is newer, or does not say in which format it is.
+    """
+    if not (folder / FORMAT_FILE).exists():
+        return
+    facts = read_json(folder / FORMAT_FILE)
+    number = facts.get("format") if isinstance(facts, dict) else None
+    if type(number) is not int:
+        raise UserError("it does not say which format the folder has", where=str(folder / FORMAT_FILE))
+    refuse_newer(what, number, known, str(folder), facts.get("qmemtune"))
 
 
 def refuse_newer(what: str, found: int, known: int, where: str, written_by: str | None = None) -> None:

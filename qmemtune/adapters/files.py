@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qmemtune.errors import UserError
+from qmemtune.rundir import ADAPTER_FORMAT, check_format
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 NAMES_CODE = ("megatron_config", "megatron_core")
@@ -20,6 +21,7 @@ def check_adapter_folder(folder: Path) -> None:
         UserError: with the reason.
     """
     where = str(folder)
+    check_format(folder, "adapter", ADAPTER_FORMAT)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLED).is_file():
             raise UserError(

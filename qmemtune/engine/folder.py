@@ -11,7 +11,7 @@ from qmemtune.credentials import hide
 from qmemtune.engine.checkpoints import Checkpoint, checked, found_checkpoints, newest_complete
 from qmemtune.engine.lock import refuse_if_in_use
 from qmemtune.errors import UserError
-from qmemtune.rundir import RunDir, new_run_path
+from qmemtune.rundir import RUN_FORMAT, RunDir, check_format, new_run_path
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def open_run(config: Config, *, make: bool = False) -> Opened:
     Raises:
         UserError: the folder holds another run or is in use, or there is nothing to resume from.
     """
+    if config.run_dir is not None:
+        check_format(Path(config.run_dir), "run folder", RUN_FORMAT)
     opened = choose(config, make)
     refuse_if_in_use(opened.run)
     return opened

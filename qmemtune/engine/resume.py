@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from qmemtune.engine.checkpoints import Checkpoint, require_files
 from qmemtune.errors import Finding, UserError
-from qmemtune.rundir import read_json
 
 NOT_COMPARED = {
     "auto_mapping",
@@ -55,7 +54,8 @@ def check_resumable(
             )
         )
     current = model.peft_config[model.active_adapters[0]].to_dict()
-    for name, stored in read_json(checkpoint.path / "adapter_config.json").items():
+    # Read as PEFT reads it: an older adapter does not name later options, and is not as they are by default now.
+    for name, stored in PeftConfig.from_pretrained(str(checkpoint.path)).to_dict().items():
         if name in current and name not in NOT_COMPARED and comparable(stored) != comparable(current[name]):
             findings.append(
                 Finding(

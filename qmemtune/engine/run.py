@@ -48,7 +48,7 @@ from qmemtune.engine.trainer import Parts, RunTrainer
 from qmemtune.engine.unwritten import Unwritten
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype, pick_device
-from qmemtune.rundir import RunDir, write_json, write_text
+from qmemtune.rundir import ADAPTER_FORMAT, RUN_FORMAT, RunDir, write_format, write_json, write_text
 
 MakeTask = Callable[[TrainingArguments, torch.dtype], Task]
 
@@ -204,6 +204,7 @@ def open_folder(opened: Opened, composed: Composed, args: TrainingArguments) -> 
     run = opened.run
     run.path.mkdir(parents=True, exist_ok=True)
     run.summary.unlink(missing_ok=True)
+    write_format(run.path, RUN_FORMAT)
     write_config(run, composed.config)
     write_json(run.environment, describe_environment(seed=composed.config.seed, world_size=args.world_size))
     step = -1 if opened.checkpoint is None else opened.checkpoint.step
@@ -333,6 +334,7 @@ def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
         if trainer.args.should_save:
             (beside / "training_args.bin").unlink(missing_ok=True)
             task.save_beside(beside)
+            write_format(beside, ADAPTER_FORMAT)
             shutil.rmtree(run.adapter, ignore_errors=True)
             Path(beside).rename(run.adapter)
     finally:

@@ -49,9 +49,7 @@ class QueryableMemoryConfig(PeftConfig):
     temperature: float = field(default=1.0, metadata={"help": "Multiplies the routing logits."})
     router_norm: bool | None = field(
         default=None,
-        metadata={
-            "help": "RMS-normalise queries and keys, so |logit| <= temperature * sqrt(key_dim); on if None."
-        },
+        metadata={"help": "RMS-normalise queries and keys, so |logit| <= temperature * sqrt(key_dim); on if None."},
     )
     center_cores: bool | None = field(
         default=None,
