@@ -325,10 +325,11 @@ class RunTrainer(Trainer):
     def measure_due(self) -> dict[str, Any]:
         """Measure what is due at the current step, unless that was done, and see whether the run stops early."""
         metrics: dict[str, Any] = {}
-        measured = self.parts.heldout.measured
+        step = self.state.global_step
+        due = due_at(step, self.parts.config)
         try:
-            if measured.done_at != self.state.global_step:
-                metrics = self.measure(due_at(self.state.global_step, self.parts.config))
+            if due and self.parts.heldout.measured.done_at != step:
+                metrics = self.measure(due)
         except Abandoned:
             # The step itself is whole; the evaluation is made up for when the run goes on.
             self._stopping = True
