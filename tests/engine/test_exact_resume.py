@@ -44,7 +44,7 @@ def same(whole: Path, run: Path) -> None:
     ("adapter", "step", "options"),
     [
         ("lora", 7, ("trainer.packing=true", "data.max_length=48", "quantization=nf4", "model.compute_dtype=bfloat16")),
-        ("lora", 5, ("~data.path", "data.sources.a.path={rows}", "data.sources.a.weight=1.5", "trainer.keep_best=true")),
+        ("lora", 5, ("~data.path", "data.sources.a.path={rows}", "data.sources.a.weight=2", "trainer.keep_best=true")),
         (
             "queryable",
             5,
@@ -53,9 +53,7 @@ def same(whole: Path, run: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_run_that_died_at_a_step_ends_as_the_whole_one(
-    composed, recorder, rows_file, tmp_path, adapter, step, options
-):
+def test_a_run_that_died_at_a_step(composed, recorder, rows_file, tmp_path, adapter, step, options):
     def die(now: int) -> None:
         if now == step:
             raise DiedError
