@@ -17,7 +17,7 @@ from qmemtune.credentials import hide
 PACKAGES = ("qmemtune", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 
-def describe_environment(*, seed: int, world_size: int) -> dict[str, Any]:
+def describe_environment(*, seed: int, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Facts needed to repeat a run or to compare its speed."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -33,6 +33,7 @@ def describe_environment(*, seed: int, world_size: int) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "world_size": world_size,
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

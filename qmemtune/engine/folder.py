@@ -6,12 +6,15 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from qmemtune.config.schema import Config
 from qmemtune.credentials import hide
 from qmemtune.engine.checkpoints import Checkpoint, checked, found_checkpoints, newest_complete
 from qmemtune.engine.lock import refuse_if_in_use
 from qmemtune.errors import UserError
-from qmemtune.rundir import RUN_FORMAT, RunDir, check_format, new_run_path
+from qmemtune.models.hardware import compute_dtype
+from qmemtune.rundir import RUN_FORMAT, RunDir, check_format, new_run_path, read_json
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,31 @@ def newest(config: Config) -> Opened:
         way = f"put a whole copy of one in its place, or delete {run.checkpoints} to start at step 0"
         raise UserError.many([replace(finding, fix=way) for finding in damaged])
     return Opened(run, None, [f"no checkpoint in {run.checkpoints}: starting at step 0"])
+
+
+def run_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type of a run's arithmetic. One that goes on keeps the type it began with: what is fast is measured, and a
+    busy machine may find something else.
+
+    Raises:
+        UserError: the type cannot be had on this device.
+    """
+    setting: str = config.model.compute_dtype
+    path = config.resume.path
+    if setting == "auto" and path is not None:
+        begun = Path(config.run_dir or "") if path == "auto" else Path(path).absolute().parent.parent
+        setting = recorded_dtype(RunDir(begun)) or setting
+    return compute_dtype(setting, device)
+
+
+def recorded_dtype(run: RunDir) -> str | None:
+    """The type in which a run computed; None where it does not say."""
+    try:
+        facts = read_json(run.environment)
+    except UserError:
+        return None
+    found = facts.get("dtype") if isinstance(facts, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def resume_command(arguments: list[str], run: RunDir) -> str:

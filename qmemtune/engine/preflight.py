@@ -23,7 +23,7 @@ from qmemtune.data.regression import RegressionData, TensorRows, prepare_regress
 from qmemtune.data.rows import TokenRows
 from qmemtune.engine.arguments import refuse_data_parallel
 from qmemtune.engine.findings import Findings
-from qmemtune.engine.folder import Opened, open_run
+from qmemtune.engine.folder import Opened, open_run, run_dtype
 from qmemtune.engine.made_with import check_unchanged, made_with
 from qmemtune.engine.memory.estimate import TRAINED_ITEMSIZE, RunMemory, Workload
 from qmemtune.engine.memory.fit import Memory, capacity, fit_warning, size
@@ -36,7 +36,6 @@ from qmemtune.engine.steps import StepCount, count_steps
 from qmemtune.engine.tracking import check_backends
 from qmemtune.errors import UserError
 from qmemtune.models.bitsandbytes import bitsandbytes_config
-from qmemtune.models.hardware import compute_dtype
 from qmemtune.models.loading import load_tokenizer, refuse_second_quantization
 from qmemtune.rundir import RunDir
 
@@ -98,7 +97,7 @@ def preflight(
     found.attempt(refuse_data_parallel)
     found.attempt(lambda: check_backends(config.tracking))
     notes = found.attempt(lambda: check_method(config.adapter)) or []
-    dtype = found.attempt(lambda: compute_dtype(config.model.compute_dtype, device))
+    dtype = found.attempt(lambda: run_dtype(config, device))
     opened = found.attempt(
         lambda: open_run(config) if args is None else from_first(lambda: open_run(config, make=True), args)
     )

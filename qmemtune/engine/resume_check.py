@@ -6,12 +6,13 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qmemtune.config.compose import Composed
 from qmemtune.config.schema import Config, ResumeConfig, TrackingConfig
 from qmemtune.engine.checkpoints import Checkpoint, complete_checkpoints
 from qmemtune.engine.compare import logged_lines, same_content
+from qmemtune.engine.folder import recorded_dtype
 from qmemtune.engine.progress import SilentProgress
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
@@ -71,7 +72,7 @@ def resume_check(run: RunDir, composed: Composed, *, steps: int) -> dict[str, An
     told = Told()
     with tempfile.TemporaryDirectory(prefix="qmemtune-resume-check-") as folder:
         again = RunDir(Path(folder) / "run")
-        make_again(replay, composed.config, again, told)
+        make_again(replay, composed.config, run, again, told)
         recorded = within(logged_lines(run.metrics), replay)
         replayed = within(logged_lines(again.metrics), replay)
         differences = compare_lines(recorded, replayed)
@@ -139,13 +140,19 @@ def choose(found: list[Checkpoint], lines: list[dict[str, Any]], run: RunDir, st
     )
 
 
-def make_again(replay: Replay, config: Config, again: RunDir, told: Told) -> None:
+def make_again(replay: Replay, config: Config, run: RunDir, again: RunDir, told: Told) -> None:
     """Make the steps of a replay in another run folder."""
     start = None if replay.checkpoint is None else str(replay.checkpoint.path)
+
+    model = config.model
+    if model.compute_dtype == "auto":
+        model = replace(model, compute_dtype=cast(Any, recorded_dtype(run) or "auto"))
 
     def go_on(path: str | None, until: int) -> None:
         options = replace(
             config,
+            # With a checkpoint, auto is what the run began with.
+            model=config.model if replay.checkpoint else model,
             run_dir=str(again.path),
             resume=ResumeConfig(path, allow_changes=True),
             tracking=TrackingConfig(),

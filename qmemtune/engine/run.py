@@ -25,7 +25,7 @@ from qmemtune.engine.bad_steps import BadSteps
 from qmemtune.engine.best import Best
 from qmemtune.engine.determinism import deterministic_kernels
 from qmemtune.engine.environment import describe_environment, peak_rss_mib, seconds_since_start
-from qmemtune.engine.folder import Opened, open_run, resume_command
+from qmemtune.engine.folder import Opened, open_run, resume_command, run_dtype
 from qmemtune.engine.heldout import HeldOut, Measured
 from qmemtune.engine.interrupt import Interrupted, StopRequest, listening
 from qmemtune.engine.lock import in_use
@@ -47,7 +47,7 @@ from qmemtune.engine.tracking import use_folder
 from qmemtune.engine.trainer import Parts, RunTrainer
 from qmemtune.engine.unwritten import Unwritten
 from qmemtune.errors import UserError
-from qmemtune.models.hardware import compute_dtype, pick_device
+from qmemtune.models.hardware import pick_device
 from qmemtune.rundir import ADAPTER_FORMAT, RUN_FORMAT, RunDir, write_format, write_json, write_text
 
 MakeTask = Callable[[TrainingArguments, torch.dtype], Task]
@@ -83,7 +83,7 @@ def train(
     device = pick_device()
     try:
         refuse_data_parallel()
-        dtype = compute_dtype(config.model.compute_dtype, device)
+        dtype = run_dtype(config, device)
     except UserError:
         # Trainer's arguments cannot be made; whatever else is wrong is told together with this.
         preflight(config, device=device, loads=loads)
@@ -148,7 +148,7 @@ def run_in_folder(
     config, run, memory = composed.config, opened.run, checked.memory if checked else None
     first = args.process_index == 0
     if first:
-        open_folder(opened, composed, args)
+        open_folder(opened, composed, args, dtype)
     with memory_errors_explained(memory, lambda: capacity(args.device)):
         if make_task is not None:
             task = make_task(args, dtype)
@@ -199,14 +199,15 @@ def run_in_folder(
     return summary
 
 
-def open_folder(opened: Opened, composed: Composed, args: TrainingArguments) -> None:
+def open_folder(opened: Opened, composed: Composed, args: TrainingArguments, dtype: torch.dtype) -> None:
     """Write what is known before training, and remove what does not belong to the run that now starts."""
     run = opened.run
     run.path.mkdir(parents=True, exist_ok=True)
     run.summary.unlink(missing_ok=True)
     write_format(run.path, RUN_FORMAT)
     write_config(run, composed.config)
-    write_json(run.environment, describe_environment(seed=composed.config.seed, world_size=args.world_size))
+    facts = describe_environment(seed=composed.config.seed, world_size=args.world_size, dtype=dtype)
+    write_json(run.environment, facts)
     step = -1 if opened.checkpoint is None else opened.checkpoint.step
     for path in run.logs:
         JsonLines(path).truncate(step, opened.checkpoint.log_lines.get(path.name) if opened.checkpoint else None)
@@ -329,6 +330,10 @@ def write_results(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory |
 def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
     """Write the final adapter and the tokenizer, if there is one; a reader sees the old folder or the whole new one."""
     beside = run.adapter.with_name(run.adapter.name + ".tmp")
+    if trainer.args.should_save:
+        # What a killed process left of it, safetensors' own unfinished file above all.
+        shutil.rmtree(beside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     try:
         trainer.save_model(str(beside), _internal_call=True)
         if trainer.args.should_save:

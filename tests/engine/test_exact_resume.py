@@ -14,6 +14,7 @@ from qmemtune.engine.checkpoints import complete_checkpoints
 from qmemtune.engine.compare import different_files, logged_lines, without_times
 from qmemtune.engine.run import train
 from qmemtune.engine.trainer import RunTrainer
+from qmemtune.models import hardware
 from qmemtune.rundir import RunDir, read_json
 
 BASE = (
@@ -105,3 +106,19 @@ def test_a_run_that_stopped_early_stays_stopped(composed, monkeypatch, tmp_path)
             train(killed)
     train(composed(*options, "resume=auto"))
     same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_resumed_run_computes_in_the_type_it_began_with(composed, recorder, monkeypatch, tmp_path):
+    """What is fast is measured, and a busy machine measures otherwise."""
+    options = ("model.compute_dtype=auto", "trainer.max_steps=2", "trainer.save_steps=1", "evaluation.at_end=false")
+    monkeypatch.setattr(hardware, "bf16_is_fast", lambda device: True)
+    train(composed(*options), until=1)
+    monkeypatch.setattr(hardware, "bf16_is_fast", lambda device: False)
+    progress = recorder()
+    train(composed(*options, "resume=auto"), progress=progress)
+    assert progress.started[0][1]["dtype"] == "bfloat16"
+    leftover = tmp_path / "run" / "adapter.tmp"
+    leftover.mkdir()
+    (leftover / ".half").write_text("written")
+    train(composed(*options, "resume=auto"))
+    assert not (tmp_path / "run" / "adapter" / ".half").exists()
