@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
 from qmemtune.models.dequantized import dequantized_on_cpu
+from qmemtune.models.head import keep_head_input_contiguous
 
 TOKENS_PER_ROW = 512
 """A generation batch may hold this many tokens for each row of the evaluation batch size: short rows go in larger
@@ -46,7 +47,7 @@ def greedy_answers(
     )
     answers = [""] * len(rows)
     done = 0
-    with own_generation_config(model, config), dequantized_on_cpu(model):
+    with own_generation_config(model, config), dequantized_on_cpu(model), contiguous_head_input(model):
         for indices in generation_batches([len(p) for p in prompts], max_new_tokens, batch_size):
             instructions = [str(rows[i].get("instruction") or "") for i in indices]
             ids, mask = pad_left([prompts[i] for i in indices], pad)
@@ -111,6 +112,17 @@ def generation_batches(lengths: Sequence[int], max_new_tokens: int, batch_size: 
         size = min(max(batch_size, batch_size * TOKENS_PER_ROW // row_tokens), max(batch_size, MAX_BATCH))
         yield order[start : start + size]
         start += size
+
+
+@contextmanager
+def contiguous_head_input(model: nn.Module) -> Iterator[None]:
+    """While open, as :func:`~qmemtune.models.head.keep_head_input_contiguous`."""
+    handles = keep_head_input_contiguous(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

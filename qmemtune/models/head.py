@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Transform = Callable[[Tensor], Tensor]
 """What a model does to its head's output."""
@@ -16,6 +18,25 @@ def output_head(lm: nn.Module) -> nn.Module | None:
     get = getattr(lm, "get_output_embeddings", None)
     head = get() if get is not None else None
     return head if isinstance(head, nn.Module) else None
+
+
+def keep_head_input_contiguous(lm: nn.Module) -> list[RemovableHandle]:
+    """Let the output head see contiguous hidden states only.
+
+    The last position of each row, cut out of (B, T, D), is not contiguous. torch's ``matmul`` then multiplies batch by
+    batch and on a CPU copies the head's weight for every row before it does: 7 GiB for 128 rows of a 135M model.
+
+    Returns:
+        handles that undo it; none for a model without a head.
+    """
+    head = output_head(lm)
+    return [] if head is None else [head.register_forward_pre_hook(_contiguous)]
+
+
+def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if args and isinstance(args[0], Tensor) and not args[0].is_contiguous():
+        return (args[0].contiguous(), *args[1:])
+    return None
 
 
 def decoder_of(lm: nn.Module) -> nn.Module:

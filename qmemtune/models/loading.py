@@ -18,6 +18,7 @@ from qmemtune.models.configs import read_config
 from qmemtune.models.dequantized import refuse_copies
 from qmemtune.models.failures import explained
 from qmemtune.models.hardware import compute_dtype, pick_device
+from qmemtune.models.head import keep_head_input_contiguous
 from qmemtune.models.sources import Source, resolve
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|PAD_TOKEN|>", "<|vision_pad|>")
@@ -123,6 +124,7 @@ def load_base(
             options["device_map"] = {"": device}
         model = _from_pretrained(source, config, dtype, **options)
     keep_4bit_trainable(model)
+    keep_head_input_contiguous(model)
     if quantization.dequantized_copies == "never":
         refuse_copies(model)
     return model.requires_grad_(False).eval()

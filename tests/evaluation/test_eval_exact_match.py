@@ -31,6 +31,22 @@ def test_answers_do_not_depend_on_padding(model, tokenizer, rows, batch_size):
     assert found == [one_by_one(model, tokenizer, row, 8) for row in rows]
 
 
+def test_the_head_sees_contiguous_states_only(model, tokenizer, rows, monkeypatch):
+    """Else torch copies the head's weight for every row of a batch: gigabytes for a small model."""
+    head, seen = model.get_output_embeddings(), []
+    forward = head.forward
+
+    def watched(states):
+        seen.append(states.is_contiguous())
+        return forward(states)
+
+    monkeypatch.setattr(head, "forward", watched)
+    greedy_answers(model, tokenizer, rows, max_new_tokens=3, batch_size=4)
+    assert len(seen) >= 3
+    assert all(seen)
+    assert not head._forward_pre_hooks
+
+
 def test_the_models_sampling_settings_are_ignored_and_kept(llama, tokenizer, rows):
     expected = greedy_answers(llama, tokenizer, rows, max_new_tokens=6, batch_size=4)
     own = GenerationConfig(
