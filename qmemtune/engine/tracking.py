@@ -18,6 +18,10 @@ FOLDERS = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR", "trac
 """Back-end -> the environment variable that says where it keeps its files."""
 
 
+_set_here: dict[str, str] = {}
+"""What an earlier run of this process put into the environment, which is not the user's word."""
+
+
 def check_backends(config: TrackingConfig) -> None:
     """Make sure that the packages are installed.
 
@@ -37,7 +41,9 @@ def use_folder(config: TrackingConfig, run: RunDir) -> None:
     """Let the back-ends write into the run folder, unless the user's environment says where."""
     for name in config.backends:
         run.tracking.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(FOLDERS[name], str(run.tracking))
+        variable = FOLDERS[name]
+        if os.environ.get(variable) == _set_here.get(variable):
+            os.environ[variable] = _set_here[variable] = str(run.tracking)
     if "wandb" in config.backends:
         os.environ.setdefault("WANDB_PROJECT", config.project)
 

@@ -212,7 +212,7 @@ def test_adapters(refused, trained, folder):
 
 def test_checkpoints_that_are_or_hold_links(refused, trained, folder, capsys):
     newest, elsewhere = trained.path / "checkpoints" / "checkpoint-2", folder / "elsewhere"
-    again = [*trained.overrides, "trainer.max_steps=3"]
+    again = [*trained.overrides, "trainer.max_steps=3", "resume.allow_changes=true"]
     newest.rename(elsewhere)
     newest.symlink_to(elsewhere)
     assert "holds a link: checkpoint-2 leads to" in refused("train", *again, f"resume={newest}")
@@ -244,7 +244,8 @@ def test_a_pickled_state_of_a_checkpoint_is_not_run(refused, trained, folder):
     newest.rename(writing / newest.name)
     known = {name: value for name, value in facts.items() if name not in ("files", "digest", "format")}
     checkpoints.complete(writing / newest.name, root, known)
-    said = refused("train", *trained.overrides, "trainer.max_steps=3", f"resume={newest}")
+    more = ("trainer.max_steps=3", "resume.allow_changes=true")
+    said = refused("train", *trained.overrides, *more, f"resume={newest}")
     assert "is refused, since loading it could run code" in said
 
 

@@ -56,4 +56,9 @@ def test_padding_is_a_row_of_its_own(packed):
     assert batch["position_ids"][1, length:].tolist() == list(range(rest))
     assert batch["attention_mask"].sum(dim=1).tolist() == [len(first["input_ids"]), length]
     assert (batch["labels"][1, length:] == -100).all()
-    assert batch["instruction"] == ["", ""]
+    rows = batch["instruction_row"]
+    assert batch["instruction"] == [*first["instruction"], *last["instruction"], ""]
+    assert (rows[1, length:] == len(batch["instruction"]) - 1).all(), "padding has no instruction"
+    assert rows[0, 0] == 0
+    assert rows[1, 0] == len(first["instruction"])
+    assert rows[1, length - 1] == len(batch["instruction"]) - 2

@@ -104,7 +104,7 @@ def test_only_complete_checkpoints_count(tmp_path):
         checkpoints.complete(written, tmp_path, {"step": step, "world_size": 1, "rows_per_step": 8})
     (tmp_path / "checkpoint-11").mkdir()
     assert [c.step for c in checkpoints.complete_checkpoints(tmp_path)] == [2, 9, 10]
-    checkpoints.rotate(tmp_path, 2)
+    checkpoints.rotate(tmp_path, 2, newest=tmp_path / "checkpoint-10")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11", "checkpoint-9"]
     checkpoints.remove_later(tmp_path, 9)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-9"]
@@ -112,7 +112,7 @@ def test_only_complete_checkpoints_count(tmp_path):
 
 def test_resume_needs_a_run():
     config = Config()
-    config.resume = "auto"
+    config.resume.path = "auto"
     with pytest.raises(UserError, match="which run"):
         open_run(config)
 

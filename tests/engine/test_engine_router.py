@@ -9,7 +9,10 @@ from qmemtune.adapters.queryable.statistics import RouteStatistics, RouteUse
 from qmemtune.engine.run import train
 
 # A router learning rate far too high drives the keys to where one atom wins every token.
-COLLAPSING = ("adapter.memory_learning_rate_multiplier=1000", "optimizer.warmup_steps=0", "trainer.max_steps=6")
+COLLAPSING = (
+    "adapter.router_norm=false", "adapter.memory_learning_rate_multiplier=1000", "optimizer.warmup_steps=0",
+    "trainer.max_steps=6",
+)  # fmt: skip
 
 
 def routes_of(lines):
@@ -22,6 +25,7 @@ def test_a_collapsed_router_is_named_once_with_its_remedy(composed, recorder, re
     said = [message for message in progress.messages if "collapsed" in message]
     assert len(said) == 1
     assert "atoms" in said[0]
+    assert "set adapter.router_norm=true" in said[0]
     assert "lower adapter.memory_learning_rate_multiplier (now 1000)" in said[0]
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     warnings = [line for line in lines if line["event"] == "warning"]
@@ -48,11 +52,13 @@ def test_statistics_change_no_weight(composed, adapter_bytes, tmp_path):
     assert adapter_bytes(tmp_path / "with" / "adapter") == adapter_bytes(tmp_path / "without" / "adapter")
 
 
-def test_statistics_reach_the_logging_back_ends(composed, tmp_path):
+def test_statistics_reach_the_logging_back_ends_of_each_run(composed, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(composed("trainer.route_stats_steps=2", "tracking.backends=[tensorboard]", adapter="queryable"))
+    for run in ("before", "run"):
+        options = ("trainer.route_stats_steps=2", "trainer.max_steps=2", "tracking.backends=[tensorboard]")
+        train(composed(*options, adapter="queryable", run=run))
     folder = next((tmp_path / "run" / "tracking").rglob("events.*")).parent
     events = EventAccumulator(str(folder))
     events.Reload()
