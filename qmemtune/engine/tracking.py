@@ -42,7 +42,7 @@ def use_folder(config: TrackingConfig, run: RunDir) -> None:
     for name in config.backends:
         run.tracking.mkdir(parents=True, exist_ok=True)
         variable = FOLDERS[name]
-        if os.environ.get(variable) == _set_here.get(variable):
+        if os.environ.get(variable) in (None, _set_here.get(variable)):
             os.environ[variable] = _set_here[variable] = str(run.tracking)
     if "wandb" in config.backends:
         os.environ.setdefault("WANDB_PROJECT", config.project)
