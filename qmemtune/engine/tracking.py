@@ -18,8 +18,8 @@ FOLDERS = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR", "trac
 """Back-end -> the environment variable that says where it keeps its files."""
 
 
-_set_here: dict[str, str] = {}
-"""What an earlier run of this process put into the environment, which is not the user's word."""
+_set_here: set[str] = set()
+"""What earlier runs of this process put into the environment, which is not the user's word."""
 
 
 def check_backends(config: TrackingConfig) -> None:
@@ -42,8 +42,9 @@ def use_folder(config: TrackingConfig, run: RunDir) -> None:
     for name in config.backends:
         run.tracking.mkdir(parents=True, exist_ok=True)
         variable = FOLDERS[name]
-        if os.environ.get(variable) in (None, _set_here.get(variable)):
-            os.environ[variable] = _set_here[variable] = str(run.tracking)
+        if os.environ.get(variable) in (None, *_set_here):
+            os.environ[variable] = str(run.tracking)
+            _set_here.add(str(run.tracking))
     if "wandb" in config.backends:
         os.environ.setdefault("WANDB_PROJECT", config.project)
 

@@ -81,7 +81,6 @@ def test_a_back_end_that_fails_does_not_stop_training(composed, recorder, adapte
     pytest.importorskip("tensorboard")
     from transformers.integrations import TensorBoardCallback
 
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     plain = train(composed(run="plain"))
 
     def fail(self, *args, **kwargs):

@@ -151,8 +151,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(composed):
     assert error.value.exit_code == 1
 
 
-def test_tensorboard_writes_into_the_run_folder(composed, monkeypatch):
+def test_tensorboard_writes_into_the_run_folder(composed):
     pytest.importorskip("tensorboard")
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     summary = train(composed("tracking.backends=[tensorboard]", "trainer.max_steps=2"))
     assert list((Path(summary["run_dir"]) / "tracking").glob("events*"))
