@@ -176,7 +176,7 @@ def _chat(speaker: Speaker, out: Output) -> None:
 
     A run trained on conversations answers the whole conversation; any other takes each line by itself.
     """
-    from qmemtune.config.schema import CONVERSATIONS
+    from qmemtune.config.data import CONVERSATIONS
     from qmemtune.data.render import form_of_training_rows
 
     data = speaker.loaded.config.data

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
-from qmemtune.config.schema import MISSING, Config
+from qmemtune.config.missing import MISSING
+from qmemtune.config.schema import Config
 
 DATA_PATHS = ("data.path", "data.eval_path")
 Problem = tuple[str, str, str | None]

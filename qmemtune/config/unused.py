@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.checks import looks_local, uses_prior
+from qmemtune.config.data import CONVERSATIONS
 from qmemtune.config.fields import fields_of
-from qmemtune.config.schema import CONVERSATIONS, Config
+from qmemtune.config.schema import Config
 
 
 def unused_options(config: Config, given: Mapping[str, str]) -> list[str]:

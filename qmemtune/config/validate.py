@@ -11,8 +11,9 @@ from typing import Any
 from qmemtune.config import interpolate
 from qmemtune.config.adapters import ADAPTERS
 from qmemtune.config.fields import ADAPTER_KEY, KIND_KEY, Field, field_for, fields_of, nearest, other_kinds, sections
+from qmemtune.config.missing import MISSING
 from qmemtune.config.overrides import unknown_key
-from qmemtune.config.schema import MISSING, Config
+from qmemtune.config.schema import Config
 from qmemtune.config.settings import DEFAULT, Setting
 from qmemtune.config.values import BadValue, from_text, from_yaml
 from qmemtune.config.yaml_file import CODE_KEY

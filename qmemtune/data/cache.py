@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.mixture import source_configs
 from qmemtune.data.report import DataReport
 from qmemtune.data.rows import TokenRows

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmemtune.config.schema import MISSING, DataConfig
+from qmemtune.config.data import DataConfig
+from qmemtune.config.missing import MISSING
 from qmemtune.data.mixture import source_configs
 from qmemtune.data.sources import GENERATED, local_files
 from qmemtune.errors import UserError

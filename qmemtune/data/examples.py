@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qmemtune.config.schema import CONVERSATIONS, DataConfig
+from qmemtune.config.data import CONVERSATIONS, DataConfig
 from qmemtune.data.conversations import Message
 from qmemtune.data.formats import FORMS, Fields, Form, Parts
 from qmemtune.data.records import RawRow, Rejected, RowError, as_text, is_blank, is_unicode

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.rows import TokenRows, joined_rows
 
 

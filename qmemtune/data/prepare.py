@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qmemtune.config.schema import CONVERSATIONS, MISSING, DataConfig
+from qmemtune.config.data import CONVERSATIONS, DataConfig
+from qmemtune.config.missing import MISSING
 from qmemtune.data.cache import PreparedData as PreparedData
 from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmemtune.config.schema import Config, RegressionDataConfig
+from qmemtune.config.data import RegressionDataConfig
+from qmemtune.config.schema import Config
 
 HIDDEN_UNITS = 32
 SCALED_ON = 8_192

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qmemtune.config.schema import CONVERSATIONS, DataConfig
+from qmemtune.config.data import CONVERSATIONS, DataConfig
 from qmemtune.data.chat import ChatRenderer
 from qmemtune.data.conversations import Message, check_message
 from qmemtune.data.encode import Encoder, Segment

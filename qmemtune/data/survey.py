@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.examples import Example
 from qmemtune.data.prepare import Preparation, Progress, silent
 from qmemtune.data.rows import IGNORED, TokenRows

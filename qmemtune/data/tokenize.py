@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.encode import Segment
 from qmemtune.data.examples import Example
 from qmemtune.data.records import Rejected, RowError

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmemtune.config.checks import NOISY_REGRESSION
-from qmemtune.config.schema import Config, MlpConfig
+from qmemtune.config.model import MlpConfig
+from qmemtune.config.schema import Config
 from qmemtune.data.regression import RegressionData, collate
 from qmemtune.engine.task import Batch, Task
 from qmemtune.evaluation.forward import evaluation_forward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qmemtune.config.schema import OptimizerConfig, TrainerConfig
+from qmemtune.config.training import OptimizerConfig, TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qmemtune.config.schema import EvaluationConfig
+from qmemtune.config.evaluation import EvaluationConfig
 from qmemtune.errors import UserError
 from qmemtune.evaluation.exact_match import RowMatch, row_matches
 from qmemtune.evaluation.forward import Instructions

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qmemtune.config.schema import ExactMatchConfig
+from qmemtune.config.evaluation import ExactMatchConfig
 from qmemtune.errors import UserError
 from qmemtune.evaluation.decode import greedy_answers
 from qmemtune.evaluation.forward import Autocast, Instructions

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qmemtune.config.schema import SamplesConfig
+from qmemtune.config.evaluation import SamplesConfig
 from qmemtune.evaluation.decode import decode_answer, greedy_answers
 from qmemtune.evaluation.forward import Autocast, Instructions
 

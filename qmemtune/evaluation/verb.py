@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qmemtune.config.schema import EvaluationConfig
+from qmemtune.config.evaluation import EvaluationConfig
 from qmemtune.evaluation.evaluate import EvalProgress, EvalResult, evaluate
 from qmemtune.evaluation.exact_match import RowMatch
 from qmemtune.evaluation.forward import Instructions

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from qmemtune.config.schema import QuantizationConfig
+from qmemtune.config.model import QuantizationConfig
 from qmemtune.engine.restore import LoadedRun
 from qmemtune.export.fidelity import fidelity, too_far
 from qmemtune.export.merged import Base

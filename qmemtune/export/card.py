@@ -7,7 +7,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from qmemtune.config.adapters import QueryableConfig
-from qmemtune.config.schema import LIVE_FORMATS, Config
+from qmemtune.config.export import LIVE_FORMATS
+from qmemtune.config.schema import Config
 from qmemtune.export.marker import public
 from qmemtune.models.sources import PACKAGE, Source
 from qmemtune.rundir import RunDir, read_json

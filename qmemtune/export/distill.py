@@ -17,7 +17,9 @@ from qmemtune.adapters.queryable.fold import FoldedLayer, resized
 from qmemtune.config.adapters import LoraConfig
 from qmemtune.config.compose import Composed
 from qmemtune.config.dump import to_yaml
-from qmemtune.config.schema import Config, EvaluationConfig, ResumeConfig, TrackingConfig, TrainerConfig
+from qmemtune.config.evaluation import EvaluationConfig
+from qmemtune.config.schema import Config, ResumeConfig, TrackingConfig
+from qmemtune.config.training import TrainerConfig
 from qmemtune.data.prepare import PreparedData
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.language import LanguageTask

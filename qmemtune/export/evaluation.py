@@ -9,7 +9,8 @@ from typing import Any
 
 from qmemtune.config.compose import Composed, compose
 from qmemtune.config.interpolate import escape
-from qmemtune.config.schema import Config, QuantizationConfig
+from qmemtune.config.model import QuantizationConfig
+from qmemtune.config.schema import Config
 from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import load_adapted
 from qmemtune.errors import UserError

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qmemtune.config.adapters import MethodConfig
-from qmemtune.config.schema import LIVE_FORMATS, Config
+from qmemtune.config.export import LIVE_FORMATS
+from qmemtune.config.schema import Config
 from qmemtune.engine.restore import require_adapter
 from qmemtune.errors import UserError
 from qmemtune.models.configs import read_config

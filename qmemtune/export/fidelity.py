@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qmemtune.config.schema import ExportConfig
+from qmemtune.config.export import ExportConfig
 from qmemtune.data.collate import Collator
 from qmemtune.data.rows import IGNORED
 from qmemtune.engine.restore import LoadedRun

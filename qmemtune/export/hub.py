@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from qmemtune.config.schema import ExportConfig
+from qmemtune.config.export import ExportConfig
 from qmemtune.errors import RunFailed
 
 

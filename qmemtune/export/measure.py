@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import InstructionSource
-from qmemtune.config.schema import ExportConfig
+from qmemtune.config.export import ExportConfig
 from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import LoadedRun
 from qmemtune.errors import RunFailed

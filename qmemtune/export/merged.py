@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
 from qmemtune.export.basefiles import BaseFiles, open_base
 from qmemtune.export.changed_base import changed_base

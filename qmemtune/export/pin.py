@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from qmemtune.config.schema import ModelConfig
+from qmemtune.config.model import ModelConfig
 from qmemtune.errors import UserError
 from qmemtune.export.basefiles import open_base
 from qmemtune.models.configs import read_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from qmemtune.config.schema import QuantizationConfig
+from qmemtune.config.model import QuantizationConfig
 from qmemtune.errors import UserError
 
 FLAG = "support_avx512bf16_for_cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qmemtune.config.schema import ModelConfig
+from qmemtune.config.model import ModelConfig
 from qmemtune.models.failures import explained
 from qmemtune.models.sources import Source
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.models.bitsandbytes import bitsandbytes_config
 from qmemtune.models.configs import empty_model, read_config
 from qmemtune.models.loading import refuse_stored_quantised

@@ -11,7 +11,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
 from qmemtune.models.bitsandbytes import bitsandbytes_config, keep_4bit_trainable
 from qmemtune.models.configs import read_config

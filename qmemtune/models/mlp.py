@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qmemtune.config.schema import MlpConfig
+from qmemtune.config.model import MlpConfig
 from qmemtune.models.gguf import models_root
 
 logger = logging.getLogger(__name__)

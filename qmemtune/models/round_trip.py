@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmemtune.config.schema import QuantizationConfig
+from qmemtune.config.model import QuantizationConfig
 
 BLOCK = 64
 """Values that share a 4-bit scale: bitsandbytes' default."""

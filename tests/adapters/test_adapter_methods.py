@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import apply_adapter, check_method, describe
 from qmemtune.config.adapters import MethodConfig
-from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
 from qmemtune.models.loading import load_base
 

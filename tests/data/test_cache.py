@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qmemtune.config.schema import DataConfig, SourceConfig
+from qmemtune.config.data import DataConfig, SourceConfig
 from qmemtune.data import prepare
 from qmemtune.data.cache import KEPT_S, cache_entry
 from qmemtune.data.prepare import prepare_data, prepare_heldout

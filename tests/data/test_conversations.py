@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.render import render_prompt
 from qmemtune.errors import UserError

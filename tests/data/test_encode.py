@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.render import render_prompt

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data import formats
 from qmemtune.data.formats import FORMS, Fields, RowError
 from qmemtune.data.prepare import prepare_data

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from qmemtune.config.compose import compose, to_yaml
-from qmemtune.config.schema import DataConfig, SourceConfig
+from qmemtune.config.data import DataConfig, SourceConfig
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.sources import read_rows
 from qmemtune.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.collate import Collator
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.rows import TokenRows

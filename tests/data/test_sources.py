@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data import generated
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.records import RawRow, Rejected

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.prepare import prepare_data, prepare_heldout
 from qmemtune.errors import UserError
 

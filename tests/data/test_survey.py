@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmemtune.config.schema import DataConfig
+from qmemtune.config.data import DataConfig
 from qmemtune.data.survey import length_histogram, survey
 
 PASSAGE = "the old miller walked along the frozen river until he came to a small red house"

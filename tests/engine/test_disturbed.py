@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qmemtune.config.schema import DataConfig, SourceConfig
+from qmemtune.config.data import DataConfig, SourceConfig
 from qmemtune.data.changes import WatchedFiles
 from qmemtune.engine.lock import in_use, refuse_if_in_use
 from qmemtune.engine.plan import plan

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qmemtune.config.schema import Config, OptimizerConfig, TrackingConfig, TrainerConfig
+from qmemtune.config.schema import Config, TrackingConfig
+from qmemtune.config.training import OptimizerConfig, TrainerConfig
 from qmemtune.engine import arguments, checkpoints, tracking
 from qmemtune.engine.environment import describe_environment, seconds_since_start
 from qmemtune.engine.folder import open_run, resume_command

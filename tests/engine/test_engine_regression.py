@@ -9,7 +9,8 @@ import torch
 
 from qmemtune.cli.app import main
 from qmemtune.config.compose import compose
-from qmemtune.config.schema import MlpConfig, RegressionDataConfig
+from qmemtune.config.data import RegressionDataConfig
+from qmemtune.config.model import MlpConfig
 from qmemtune.data.regression import Functions
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError

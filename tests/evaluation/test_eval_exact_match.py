@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from qmemtune.config.schema import ExactMatchConfig, SamplesConfig
+from qmemtune.config.evaluation import ExactMatchConfig, SamplesConfig
 from qmemtune.errors import UserError
 from qmemtune.evaluation.decode import generation_batches, greedy_answers, until_end
 from qmemtune.evaluation.exact_match import compile_pattern, extract_answer, row_matches

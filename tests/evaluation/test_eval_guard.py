@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qmemtune.config.schema import EvaluationConfig, ExactMatchConfig, SamplesConfig
+from qmemtune.config.evaluation import EvaluationConfig, ExactMatchConfig, SamplesConfig
 from qmemtune.data.collate import Collator
 from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import draw_samples, evaluate

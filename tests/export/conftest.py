@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from qmemtune.adapters import apply_adapter
 from qmemtune.config.adapters import AdapterConfig
-from qmemtune.config.schema import Config, DataConfig, ExportConfig, ModelConfig, QuantizationConfig
+from qmemtune.config.data import DataConfig
+from qmemtune.config.export import ExportConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
+from qmemtune.config.schema import Config
 from qmemtune.models.loading import load_base
 from qmemtune.rundir import RunDir
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qmemtune.config.adapters import LoraConfig
-from qmemtune.config.schema import QuantizationConfig
+from qmemtune.config.model import QuantizationConfig
 from qmemtune.engine.restore import load_run
 from qmemtune.errors import RunFailed, UserError
 from qmemtune.export import destination, export_run

@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.models.bitsandbytes import dequantised_weight, is_quantised, keep_4bit_trainable
 from qmemtune.models.loading import load_base
 

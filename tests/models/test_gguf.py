@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
 from qmemtune.models.gguf import converted, models_root
 from qmemtune.models.loading import load_base, load_tokenizer

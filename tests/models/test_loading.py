@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
 from qmemtune.models.loading import load_base, load_tokenizer
 

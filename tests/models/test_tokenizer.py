@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qmemtune.config.schema import ModelConfig
+from qmemtune.config.model import ModelConfig
 from qmemtune.errors import UserError
 from qmemtune.models.loading import load_tokenizer
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from qmemtune.adapters import apply_adapter
 from qmemtune.cli.app import main
-from qmemtune.config.schema import ModelConfig, OptimizerConfig, QuantizationConfig
+from qmemtune.config.model import ModelConfig, QuantizationConfig
+from qmemtune.config.training import OptimizerConfig
 from qmemtune.engine.language import LabelledLoss
 from qmemtune.engine.memory.estimate import RunMemory, Workload
 from qmemtune.engine.memory.exhausted import asked_bytes, explained, is_out_of_memory

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from qmemtune.config.schema import OptimizerConfig, QuantizationConfig
+from qmemtune.config.model import QuantizationConfig
+from qmemtune.config.training import OptimizerConfig
 from qmemtune.models.head import output_head
 
 BLOCK_4BIT = 64
