@@ -35,8 +35,8 @@ def data(
     data recipe=quickstart, or data model.path=MODEL data.path=FILE. The model's weights are not loaded.
     """
     with output(as_json, debug, quiet) as out:
-        from qmemtune.config.checks import is_regression
         from qmemtune.config.compose import compose
+        from qmemtune.config.regression import is_regression
 
         composed = compose(overrides or [])
         out.warn(composed.warnings)

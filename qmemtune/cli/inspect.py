@@ -41,7 +41,7 @@ def inspect(
 
 
 def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any]:
-    from qmemtune.config.checks import is_regression
+    from qmemtune.config.regression import is_regression
 
     run, composed = load_target(overrides, out)
     config = composed.config

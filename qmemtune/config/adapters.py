@@ -106,3 +106,8 @@ class MethodConfig(AdapterConfig):
 
 
 ADAPTERS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "queryable": QueryableConfig, "peft": MethodConfig}
+
+
+def uses_prior(adapter: QueryableConfig) -> bool:
+    """Whether instructions have an effect at any point of the run."""
+    return bool(adapter.instruction_prior or adapter.instruction_prior_final)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.config.limits import betas, prior_schedule, ranges, shares
 from qmemtune.config.missing import MISSING
+from qmemtune.config.paths import paths
+from qmemtune.config.problem import Check, Problem, value_of
+from qmemtune.config.regression import regression
 from qmemtune.config.schema import Config
 
-DATA_PATHS = ("data.path", "data.eval_path")
-Problem = tuple[str, str, str | None]
-Check = Callable[[Config], Iterator[Problem]]
-CHECKS: list[Check] = []
-
-GENERATED_MLP = "generated:mlp"
-NOISY_REGRESSION = "generated:noisy_regression"
-BOTH = "use recipe=regression_noisy, or model=mlp data=regression together"
+CHECKS: list[Check] = [ranges, shares, prior_schedule, betas]
+"""In the order in which a message names what they find."""
 
 
 def check(function: Check) -> Check:
@@ -30,129 +27,6 @@ def check(function: Check) -> Check:
 def cross_field_problems(config: Config) -> list[Problem]:
     """What every check finds: the key whose source a message should name, the problem, the way out."""
     return [problem for function in CHECKS for problem in function(config)]
-
-
-def _value(config: Config, key: str) -> object:
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
-AT_LEAST_ONE = (
-    "adapter.r",
-    "data.max_length",
-    "data.max_train_rows",
-    "data.max_eval_rows",
-    "trainer.max_steps",
-    "trainer.per_device_train_batch_size",
-    "trainer.gradient_accumulation_steps",
-    "trainer.logging_steps",
-    "trainer.route_stats_steps",
-    "trainer.max_bad_steps",
-    "trainer.save_steps",
-    "trainer.save_total_limit",
-    "trainer.early_stopping_patience",
-    "evaluation.every_steps",
-    "evaluation.per_device_eval_batch_size",
-    "evaluation.max_rows",
-    "evaluation.exact_match.every_steps",
-    "evaluation.exact_match.max_new_tokens",
-    "evaluation.exact_match.max_rows",
-    "evaluation.samples.every_steps",
-    "evaluation.samples.count",
-    "evaluation.samples.max_new_tokens",
-    "evaluation.tasks_limit",
-    "model.mlp.width",
-    "model.mlp.depth",
-    "data.regression.rows",
-    "data.regression.heldout_rows",
-    "data.regression.inputs",
-    "data.regression.outputs",
-    "data.regression.regions",
-    "data.regression.correction_rank",
-    "export.calibration_rows",
-    "export.rank",
-    "export.distill_steps",
-    "export.distill_rows",
-    "export.fidelity_rows",
-)
-AT_LEAST_ONE_QUERYABLE = ("adapter.num_atoms", "adapter.key_dim", "adapter.block_size", "adapter.top_k")
-ABOVE_ZERO = (
-    "export.distill_learning_rate",
-    "optimizer.learning_rate",
-    "optimizer.eps",
-    "trainer.num_train_epochs",
-    "adapter.alpha",
-)
-ABOVE_ZERO_QUERYABLE = (
-    "adapter.temperature",
-    "adapter.memory_learning_rate_multiplier",
-    "adapter.prior_temperature",
-    "adapter.prior_temperature_final",
-    "adapter.prior_schedule_share",
-)
-NOT_NEGATIVE = (
-    "optimizer.weight_decay",
-    "optimizer.warmup_steps",
-    "trainer.max_grad_norm",
-    "trainer.num_workers",
-    "data.max_rejected",
-    "seed",
-    "data.split_seed",
-    "model.mlp.pretrain_steps",
-    "data.regression.noise_std",
-    "data.regression.correction_std",
-    "data.regression.sharpness",
-    "data.regression.seed",
-    "export.max_kl",
-)
-NOT_NEGATIVE_QUERYABLE = (
-    "adapter.init_core_std",
-    "adapter.core_weight_decay",
-    "adapter.instruction_prior",
-    "adapter.prior_kl",
-    "adapter.instruction_prior_final",
-    "adapter.prior_kl_final",
-)
-
-
-@check
-def ranges(c: Config) -> Iterator[Problem]:
-    queryable = isinstance(c.adapter, QueryableConfig)
-    for keys, holds, words in (
-        (AT_LEAST_ONE + (AT_LEAST_ONE_QUERYABLE if queryable else ()), lambda v: v >= 1, "must be at least 1"),
-        (ABOVE_ZERO + (ABOVE_ZERO_QUERYABLE if queryable else ()), lambda v: v > 0, "must be above 0"),
-        (NOT_NEGATIVE + (NOT_NEGATIVE_QUERYABLE if queryable else ()), lambda v: v >= 0, "must not be negative"),
-    ):
-        for key in keys:
-            value = _value(c, key)
-            if value is not None and not holds(value):
-                yield key, f"{words}, not {value}", None
-
-
-@check
-def shares(c: Config) -> Iterator[Problem]:
-    if not 0 <= c.adapter.dropout < 1:
-        yield "adapter.dropout", f"must be in [0, 1), not {c.adapter.dropout}", None
-    if not 0 <= c.data.eval_fraction < 1:
-        yield "data.eval_fraction", f"must be in [0, 1), not {c.data.eval_fraction}", None
-    if c.optimizer.warmup_steps > 1 and c.optimizer.warmup_steps != int(c.optimizer.warmup_steps):
-        yield "optimizer.warmup_steps", "above 1 it counts steps and must be whole", "give a share below 1 or a count"
-    if c.seed >= 2**32 or c.data.split_seed >= 2**32:
-        yield "seed" if c.seed >= 2**32 else "data.split_seed", "must be below 2**32", None
-
-
-@check
-def prior_schedule(c: Config) -> Iterator[Problem]:
-    if isinstance(c.adapter, QueryableConfig) and c.adapter.prior_schedule_share > 1:
-        yield "adapter.prior_schedule_share", f"must be at most 1, not {c.adapter.prior_schedule_share}", None
-
-
-@check
-def betas(c: Config) -> Iterator[Problem]:
-    if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
-        yield "optimizer.betas", f"must be two numbers in [0, 1), not {c.optimizer.betas}", "write [0.9, 0.999]"
 
 
 @check
@@ -232,7 +106,7 @@ def needs_heldout(c: Config) -> Iterator[Problem]:
     if c.evaluation.at_start:
         yield "evaluation.at_start", "needs held-out rows, and none are held out", "set data.eval_path"
     for key in ("evaluation.every_steps", "evaluation.exact_match.every_steps", "evaluation.samples.every_steps"):
-        if _value(c, key) is not None:
+        if value_of(c, key) is not None:
             yield key, "needs held-out rows, and none are held out", "set data.eval_path or data.eval_fraction"
 
 
@@ -249,7 +123,7 @@ def best_checkpoint_is_saved(c: Config) -> Iterator[Problem]:
 
 @check
 def patterns(c: Config) -> Iterator[Problem]:
-    keys = {key: _value(c, key) for key in ("data.remove_pattern", "evaluation.exact_match.answer_pattern")}
+    keys = {key: value_of(c, key) for key in ("data.remove_pattern", "evaluation.exact_match.answer_pattern")}
     keys |= {f"data.sources.{name}.remove_pattern": source.remove_pattern for name, source in c.data.sources.items()}
     for key, pattern in keys.items():
         if isinstance(pattern, str):
@@ -259,45 +133,7 @@ def patterns(c: Config) -> Iterator[Problem]:
                 yield key, f"not a regular expression: {error}", None
 
 
-@check
-def paths(c: Config) -> Iterator[Problem]:
-    keys = {key: _value(c, key) for key in ("model.path", "model.tokenizer", "model.chat_template", *DATA_PATHS)}
-    keys |= {f"data.sources.{name}.path": source.path for name, source in c.data.sources.items()}
-    for key, path in keys.items():
-        if isinstance(path, str) and path != MISSING and looks_local(path, is_file=key == "model.chat_template"):
-            yield from _exists(key, path)
-        elif path == "":
-            yield key, "is empty", None
-    if isinstance(c.adapter, QueryableConfig) and c.adapter.prior_encoder != "base" and uses_prior(c.adapter):
-        yield from _exists("adapter.prior_encoder", c.adapter.prior_encoder)
-    resume = c.resume.path
-    if resume is not None and resume != "auto":
-        yield from _exists("resume.path", resume)
-    if resume == "auto" and c.run_dir is None:
-        yield "resume.path", "auto needs to know the run folder", "give run_dir=, or resume=<path of a checkpoint>"
-
-
-def _exists(key: str, path: str) -> Iterator[Problem]:
-    try:
-        file = Path(path).expanduser()
-        there = file.exists() or (is_glob(path) and any(True for _ in glob.iglob(str(file), recursive=True)))
-    except (OSError, ValueError):
-        there = False
-    if not there:
-        yield key, f"{path} does not exist (seen from {Path.cwd()})", f"check the path, or give another with {key}="
-
-
-def looks_local(path: str, *, is_file: bool = False) -> bool:
-    """Whether a path can only mean a file or folder here, not a hub id or a package's file."""
-    if path.startswith(("package:", "generated:")):
-        return False
-    ends = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".gguf", ".jinja")
-    return is_file or path.startswith((".", "/", "~")) or path.lower().endswith((*ends, ".safetensors"))
-
-
-def is_glob(path: str) -> bool:
-    """Whether a path is a pattern for several files."""
-    return "*" in path or "?" in path
+check(paths)
 
 
 @check
@@ -334,29 +170,7 @@ def names(c: Config) -> Iterator[Problem]:
         yield "run_dir", "is empty", "give a folder, or leave it out"
 
 
-def uses_prior(adapter: QueryableConfig) -> bool:
-    """Whether instructions have an effect at any point of the run."""
-    return bool(adapter.instruction_prior or adapter.instruction_prior_final)
-
-
-@check
-def regression(c: Config) -> Iterator[Problem]:
-    model, data = c.model.path == GENERATED_MLP, c.data.path == NOISY_REGRESSION
-    if model and not data and c.data.path != MISSING:
-        yield "data.path", f"{GENERATED_MLP} is the base of a regression, and {c.data.path} holds text", BOTH
-    if data and not model and c.model.path != MISSING:
-        yield "model.path", f"{NOISY_REGRESSION} is a regression, and {c.model.path} a language model", BOTH
-    if model and c.quantization.kind != "none":
-        yield "quantization.kind", f"{GENERATED_MLP} has no quantised form", "set quantization=none"
-    if model and c.evaluation.exact_match.enabled:
-        yield "evaluation.exact_match.enabled", "a regression generates no answers", "set it to false"
-    if model and c.trainer.gradient_checkpointing:
-        yield "trainer.gradient_checkpointing", f"{GENERATED_MLP} has no such mode", "set it to false"
-
-
-def is_regression(c: Config) -> bool:
-    """Whether the run is a regression on generated rows and not a language model's."""
-    return c.model.path == GENERATED_MLP
+check(regression)
 
 
 def has_heldout(c: Config) -> bool:

@@ -21,11 +21,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from qmemtune.config.checks import DATA_PATHS, cross_field_problems
+from qmemtune.config.checks import cross_field_problems
 from qmemtune.config.defaults import Reachable
 from qmemtune.config.dump import to_dict, to_yaml
 from qmemtune.config.fields import fields_of, nearest
 from qmemtune.config.overrides import Overrides, read_overrides
+from qmemtune.config.paths import DATA_PATHS
 from qmemtune.config.places import SUFFIX, find_config, is_own, list_recipes, search_path, shown
 from qmemtune.config.renamed import renamed
 from qmemtune.config.replaced import resets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmemtune.config.checks import looks_local
+from qmemtune.config.paths import looks_local
 from qmemtune.config.settings import Setting
 from qmemtune.config.values import BadValue, from_text
 

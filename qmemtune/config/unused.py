@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qmemtune.config.adapters import QueryableConfig
-from qmemtune.config.checks import looks_local, uses_prior
+from qmemtune.config.adapters import QueryableConfig, uses_prior
 from qmemtune.config.data import CONVERSATIONS
 from qmemtune.config.fields import fields_of
+from qmemtune.config.paths import looks_local
 from qmemtune.config.schema import Config
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from qmemtune.adapters import check_method, check_targets, describe
-from qmemtune.config.checks import is_regression
+from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
 from qmemtune.data.prepare import PreparedData, Progress, prepare_data, silent

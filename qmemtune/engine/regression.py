@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qmemtune.config.checks import NOISY_REGRESSION
 from qmemtune.config.model import MlpConfig
+from qmemtune.config.regression import NOISY_REGRESSION
 from qmemtune.config.schema import Config
 from qmemtune.data.regression import RegressionData, collate
 from qmemtune.engine.task import Batch, Task

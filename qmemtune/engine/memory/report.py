@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qmemtune.config.checks import is_regression
 from qmemtune.config.missing import MISSING
+from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
 from qmemtune.data.prepare import prepare_data

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from qmemtune.adapters import apply_adapter
 from qmemtune.config.adapters import AdapterConfig, LoraConfig
-from qmemtune.config.checks import is_regression
 from qmemtune.config.model import ModelConfig
+from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.models.configs import empty_model, read_config
 from qmemtune.models.mlp import Mlp
