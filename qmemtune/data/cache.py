@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from qmemtune.config.data import DataConfig
 from qmemtune.data.mixture import source_configs
+from qmemtune.data.prepared import PreparedData
 from qmemtune.data.report import DataReport
 from qmemtune.data.rows import TokenRows
 from qmemtune.data.sources import GENERATED, hub_fingerprint, local_files
@@ -34,31 +35,6 @@ KEPT_S = 30 * 24 * 3600
 """Seconds after its last use at which an entry is removed."""
 ENDING = ".arrow"
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
-
-
-@dataclass
-class PreparedData:
-    """Rows ready for training and evaluation."""
-
-    train: TokenRows
-    heldout: TokenRows
-    report: DataReport
-    format: str
-    """Row form of the training rows (of the held-out ones if only those were read)."""
-
-    @property
-    def tokens(self) -> int:
-        """In all training rows."""
-        return self.report.train.tokens
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know about the rows."""
-        return self.report.warnings
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report for scripts."""
-        return self.report.as_dict()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +10,15 @@ import numpy as np
 
 from qmemtune.config.data import CONVERSATIONS, DataConfig
 from qmemtune.config.missing import MISSING
-from qmemtune.data.cache import PreparedData as PreparedData
 from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder
-from qmemtune.data.examples import Example, ExampleMaker
+from qmemtune.data.examples import Example
 from qmemtune.data.mixture import mixed, repeated, source_configs
-from qmemtune.data.records import RawRow, Rejected
+from qmemtune.data.prepared import PreparedData
+from qmemtune.data.reading import Reading, Source
 from qmemtune.data.render import Renderer
-from qmemtune.data.report import DataReport, PartReport, SourceReport
+from qmemtune.data.report import DataReport, PartReport
 from qmemtune.data.rows import TokenRows
-from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.split import split_rows, without_heldout
 from qmemtune.data.tokenize import tokenize
 from qmemtune.errors import UserError
@@ -33,27 +29,6 @@ Progress = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """Says nothing."""
-
-
-@dataclass
-class Source:
-    """Usable rows of one source."""
-
-    examples: list[Example]
-    report: SourceReport
-    form: str
-    config: DataConfig
-    """The data options, with those of this source in their place."""
-    heldout: list[Example] = field(default_factory=list)
-    """Held-out rows that it brings itself."""
-
-
-def grouped(examples: list[Example], name: str, config: DataConfig) -> list[Example]:
-    """The examples of a set of that name; evaluations tell sets apart where nothing else groups them."""
-    if name and config.group_by is None:
-        for example in examples:
-            example.group = name
-    return examples
 
 
 def prepare_data(
@@ -109,6 +84,7 @@ class Preparation:
         self.rejected_path = rejected_path
         self.progress = progress
         self.report = DataReport(max_length=config.max_length)
+        self.reading = Reading(config, self.report)
         self.trained: list[Example] = []
         self.held: list[Example] = []
 
@@ -121,10 +97,10 @@ class Preparation:
     def _run(self, with_train: bool) -> PreparedData:
         config = self.config
         configs = source_configs(config)
-        apart = self._heldout_source()
+        apart = self.reading.heldout()
         sources: dict[str, Source] = {}
         if with_train or apart is None:
-            sources = {name: self._source(own, own.split, name=name) for name, own in configs.items()}
+            sources = {name: self.reading.source(own, own.split, name=name) for name, own in configs.items()}
         trained, held = self._split(sources, apart)
         for name, source in sources.items():
             source.report.weight = config.sources[name].weight if name else 1.0
@@ -138,7 +114,7 @@ class Preparation:
         for report in self.report.sources:
             report.check(config.max_rejected)
         if config.eval_fraction > 0 and not held_rows:
-            self._warn("no held-out row is left, so nothing can be evaluated")
+            self.report.warn("no held-out row is left, so nothing can be evaluated")
         self.report.train.count(train_rows)
         self.report.heldout.count(held_rows)
         first = next(iter(sources.values()), apart)
@@ -159,7 +135,7 @@ class Preparation:
                     trained[name], held[name], warning = split_rows(
                         source.examples, config.eval_fraction, config.split_seed
                     )
-                    self._warn(warning)
+                    self.report.warn(warning)
         for name in trained:
             # Within one set the split has seen to it, as far as that is possible.
             others = [example for other in held for example in held[other] if other != name or sources[name].heldout]
@@ -167,7 +143,7 @@ class Preparation:
             trained[name], removed = without_heldout(trained[name], others)
             self.report.removed_as_heldout += removed
         if self.report.removed_as_heldout:
-            self._warn(
+            self.report.warn(
                 f"{self.report.removed_as_heldout} training rows have the prompt of a held-out row "
                 "and are left out of training"
             )
@@ -212,83 +188,6 @@ class Preparation:
         }
         return mixed(rows, dict.fromkeys(rows, 1.0), 0)[:limit] if len(rows) > 1 else next(iter(rows.values()))
 
-    def _heldout_source(self) -> Source | None:
-        """The source of held-out rows, if it is not the training rows."""
-        config = self.config
-        if config.eval_path is not None:
-            own = replace(config, path=config.eval_path, sources={})
-            return self._source(own, config.eval_split or config.split, heldout=True)
-        if config.eval_split is not None and not config.sources:
-            if Path(config.path).expanduser().is_file():
-                raise UserError(
-                    "a file has no splits, so data.eval_split has no effect",
-                    where="data.eval_split",
-                    fix="give the held-out rows with data.eval_path, or leave data.eval_split out",
-                )
-            return self._source(config, config.eval_split, heldout=True)
-        return None
-
-    def _source(self, config: DataConfig, split: str, *, name: str = "", heldout: bool = False) -> Source:
-        """Read a source and make examples of its rows.
-
-        Args:
-            config: the data options, with those of the source in their place.
-            name: the source's in data.sources.
-            heldout: whether it gives held-out rows only.
-
-        Raises:
-            UserError: nothing, or too little of it, can be used.
-        """
-        path = config.path
-        label = path if split == self.config.split or name else f"{path} ({split})"
-        if config.name is not None and (path.startswith(GENERATED) or Path(path).expanduser().exists()):
-            self._warn(f"data.name has no effect for {path}: only hub data sets have configurations")
-        if not path.startswith(GENERATED):
-            found = read_rows(path, name=config.name, split=split, streaming=config.streaming)
-            return self._made(config, islice(found, self._rows_needed(heldout)), label, name)
-        train, held = generated_rows(path)
-        if heldout or self.config.eval_path is not None:
-            return self._made(config, held if heldout else train, label, name)
-        heldout_source = self._made(config, held, f"{path} (held-out rows)", "")
-        source = self._made(config, train, f"{path} (training rows)", name)
-        source.heldout = grouped(heldout_source.examples, name, config)
-        return source
-
-    def _rows_needed(self, heldout: bool) -> int | None:
-        """How many rows of a source to read; None for all."""
-        config = self.config
-        if not config.streaming:
-            return None
-        if heldout:
-            return config.max_eval_rows
-        if config.max_train_rows is None:
-            return None
-        split_off = config.eval_fraction if config.eval_path is None and config.eval_split is None else 0.0
-        return math.ceil(config.max_train_rows / (1 - split_off)) + 1
-
-    def _made(self, config: DataConfig, found: Iterable[RawRow | Rejected], label: str, name: str) -> Source:
-        report = SourceReport(label, name=name)
-        self.report.sources.append(report)
-        raw: list[RawRow] = []
-        for row in found:
-            report.read += 1
-            if isinstance(row, RawRow):
-                raw.append(row)
-            else:
-                report.rejected.append(row)
-        if report.read == 0:
-            report.fail("there are no rows")
-        if not raw:
-            report.fail("no row can be read")
-        maker = ExampleMaker(config, raw)
-        report.form = maker.form.name
-        examples, rejected = maker.make(raw)
-        report.rejected.extend(rejected)
-        report.check(config.max_rejected)
-        if not examples:
-            report.fail("no row can be used")
-        return Source(grouped(examples, name, config), report, maker.form.name, config)
-
     def _tokenized(self, examples: list[Example], source: Source, part: PartReport, what: str) -> TokenRows:
         renderer = Renderer(source.config, source.form, self.tokenizer, self.encoder)
         shown = f"tokenise {what}" if not source.report.name else f"tokenise {what} of {source.report.name}"
@@ -299,25 +198,22 @@ class Preparation:
         if renderer.chat is not None:
             self.report.incomplete_conversations += renderer.chat.incomplete
             if not renderer.chat.ends_turns:
-                self._warn("the chat template ends answers without a special token: generation may not stop by itself")
+                self.report.warn(
+                    "the chat template ends answers without a special token: generation may not stop by itself"
+                )
         return rows
 
     def _advise(self, source: Source) -> None:
         is_chat = source.form in CONVERSATIONS or self.config.chat == "always"
         if not is_chat and self.encoder.eos_token_id is None:
-            self._warn("the tokenizer has no end-of-sequence token: the model does not learn to stop")
+            self.report.warn("the tokenizer has no end-of-sequence token: the model does not learn to stop")
         if self.report.split_conversations:
-            self._warn(
+            self.report.warn(
                 f"{self.report.split_conversations} conversations became one row an answer: "
                 "the chat template writes earlier turns differently once later ones follow"
             )
-
         if self.report.incomplete_conversations:
-            self._warn(
+            self.report.warn(
                 f"{self.report.incomplete_conversations} conversations hold a text that the chat template leaves out "
                 "or changes (some drop system prompts or earlier reasoning): look at a few with `qmemtune data`"
             )
-
-    def _warn(self, warning: str | None) -> None:
-        if warning is not None and warning not in self.report.warnings:
-            self.report.warnings.append(warning)

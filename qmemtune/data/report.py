@@ -133,6 +133,11 @@ class DataReport:
     cached_in: str = ""
     """File of the cache that held the tokenised rows."""
 
+    def warn(self, warning: str | None) -> None:
+        """Tell the user about it, once; None says nothing."""
+        if warning is not None and warning not in self.warnings:
+            self.warnings.append(warning)
+
     def lines(self) -> list[str]:
         """The report for people."""
         lines = [self.train.line("train", self.max_length), self.heldout.line("held out", self.max_length)]

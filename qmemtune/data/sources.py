@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qmemtune.config.paths import is_glob
 from qmemtune.data.files import FAULTS, kind_of_file
 from qmemtune.data.jsonfiles import read_json, read_jsonl
 from qmemtune.data.records import RawRow, Rejected
@@ -72,7 +73,7 @@ def local_files(path: str, split: str) -> list[Path] | None:
     if local.is_file():
         reader_for(local)
         return [local]
-    if "*" in path or "?" in path:
+    if is_glob(path):
         found = sorted(Path(name) for name in glob.glob(str(local), recursive=True) if Path(name).is_file())
         if not found:
             raise UserError("no file fits the pattern", where=f"data path {path}", fix=f"it is seen from {Path.cwd()}")

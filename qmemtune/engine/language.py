@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from qmemtune.adapters import InstructionSource, auxiliary_loss, prompts_of
 from qmemtune.config.schema import Config
-from qmemtune.data.prepare import PreparedData
+from qmemtune.data.prepared import PreparedData
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import count_targets
 from qmemtune.engine.batching import Batching, check_rows_stay_apart

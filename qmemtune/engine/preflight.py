@@ -18,7 +18,8 @@ from qmemtune.adapters import check_method, check_targets, describe
 from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
-from qmemtune.data.prepare import PreparedData, Progress, prepare_data, silent
+from qmemtune.data.prepare import Progress, prepare_data, silent
+from qmemtune.data.prepared import PreparedData
 from qmemtune.data.regression import RegressionData, TensorRows, prepare_regression
 from qmemtune.data.rows import TokenRows
 from qmemtune.engine.arguments import refuse_data_parallel

@@ -20,7 +20,7 @@ from qmemtune.config.dump import to_yaml
 from qmemtune.config.evaluation import EvaluationConfig
 from qmemtune.config.schema import Config, ResumeConfig, TrackingConfig
 from qmemtune.config.training import TrainerConfig
-from qmemtune.data.prepare import PreparedData
+from qmemtune.data.prepared import PreparedData
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.language import LanguageTask
 from qmemtune.engine.loss import LabelledLoss

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmemtune.config.schema import Config
-from qmemtune.data.prepare import PreparedData, prepare_data
+from qmemtune.data.prepare import prepare_data
+from qmemtune.data.prepared import PreparedData
 from qmemtune.engine.progress import Progress
 from qmemtune.engine.restore import LoadedRun, load_run
 from qmemtune.evaluation.samples import evenly_spaced
