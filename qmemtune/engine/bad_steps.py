@@ -8,6 +8,7 @@ from statistics import median
 from qmemtune.engine.metrics_log import JsonLines
 from qmemtune.engine.progress import Progress
 from qmemtune.engine.totals import Totals
+from qmemtune.errors import Diverged
 
 NEEDED = 20
 """Losses that say what is usual; before, nothing counts as a jump."""
@@ -41,6 +42,20 @@ class BadSteps:
     def exhausted(self) -> bool:
         """Whether the run must stop."""
         return self.in_a_row >= self.limit
+
+    def diverged(self, step: int, saved: str) -> Diverged:
+        """The error of a run that too many bad steps ended.
+
+        Args:
+            step: the latest of them.
+            saved: where the state before them is.
+        """
+        steps = f"the last {self.in_a_row} steps were" if self.in_a_row > 1 else "the last step was"
+        return Diverged(
+            f"{steps} left out because loss or gradient is no number ({self.latest} at step {step}); {saved}",
+            where=str(self.log.path),
+            fix="look at the rows named there, lower optimizer.learning_rate, or use model.compute_dtype=float32",
+        )
 
     def skip(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
         """Take in a step that was left out.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,34 +19,28 @@ from qmemtune.config.schema import Config, ResumeConfig
 from qmemtune.data.changes import WatchedFiles
 from qmemtune.engine import checkpoints
 from qmemtune.engine.arguments import refuse_data_parallel, settle, training_arguments
-from qmemtune.engine.bad_steps import BadSteps
-from qmemtune.engine.best import Best
+from qmemtune.engine.assembly import make_trainer
 from qmemtune.engine.determinism import deterministic_kernels
-from qmemtune.engine.environment import describe_environment, peak_rss_mib, seconds_since_start
+from qmemtune.engine.environment import describe_environment
 from qmemtune.engine.folder import Opened, open_run, resume_command, run_dtype
-from qmemtune.engine.heldout import HeldOut, Measured
-from qmemtune.engine.interrupt import Interrupted, StopRequest, listening
+from qmemtune.engine.interrupt import Interrupted, listening
 from qmemtune.engine.lock import in_use
-from qmemtune.engine.made_with import made_with
 from qmemtune.engine.memory.exhausted import memory_errors_explained
-from qmemtune.engine.memory.fit import Memory, capacity
-from qmemtune.engine.metrics_log import JsonLines, plain
+from qmemtune.engine.memory.fit import capacity
+from qmemtune.engine.metrics_log import JsonLines
 from qmemtune.engine.parallel import from_first
-from qmemtune.engine.preflight import Checked, is_sharded, preflight
+from qmemtune.engine.preflight import Checked, preflight
 from qmemtune.engine.progress import Progress, SilentProgress
-from qmemtune.engine.resume import check_resumable
+from qmemtune.engine.results import summarise, write_results
 from qmemtune.engine.setup import build
 from qmemtune.engine.shared import Loads
-from qmemtune.engine.step_profile import StepProfile
-from qmemtune.engine.steps import StepCount, count_steps
+from qmemtune.engine.steps import count_steps
 from qmemtune.engine.task import Task
-from qmemtune.engine.totals import Totals
 from qmemtune.engine.tracking import use_folder
-from qmemtune.engine.trainer import Parts, RunTrainer
-from qmemtune.engine.unwritten import Unwritten
+from qmemtune.engine.trainer import RunTrainer
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import pick_device
-from qmemtune.rundir import ADAPTER_FORMAT, RUN_FORMAT, RunDir, write_format, write_json, write_text
+from qmemtune.rundir import RUN_FORMAT, RunDir, write_format, write_json, write_text
 
 MakeTask = Callable[[TrainingArguments, torch.dtype], Task]
 
@@ -182,7 +174,9 @@ def run_in_folder(
         finally:
             progress.finish()
         if trainer.parts.bad_steps.exhausted:
-            raise trainer.diverged()
+            step = trainer.state.global_step
+            saved = trainer.saved(f"the state before them is kept in checkpoint-{step}")
+            raise trainer.parts.bad_steps.diverged(step, saved)
         if trainer.interrupted:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {steps.total}; "
@@ -220,71 +214,6 @@ def write_config(run: RunDir, config: Config) -> None:
     write_text(run.config, to_yaml(replace(config, resume=ResumeConfig())))
 
 
-def make_trainer(
-    config: Config,
-    args: TrainingArguments,
-    task: Task,
-    run: RunDir,
-    steps: StepCount,
-    progress: Progress,
-    stop: StopRequest,
-    opened: Opened,
-    files: WatchedFiles,
-    until: int | None,
-) -> RunTrainer:
-    """Put the trainer together; with a checkpoint, after checking that it fits."""
-    first = args.process_index == 0
-    totals, best, measured = Totals(), Best(config.trainer.keep_best), Measured()
-    if opened.checkpoint is not None:
-        check_resumable(
-            opened.checkpoint,
-            task.model,
-            world_size=args.world_size,
-            rows_per_step=steps.rows_per_step,
-            sharded=is_sharded(args),
-        )
-        totals = Totals.load(opened.checkpoint.path)
-        best = Best.load(opened.checkpoint.path, keep_weights=config.trainer.keep_best)
-        measured = Measured.load(opened.checkpoint.path, otherwise=best.last_step)
-    unwritten = Unwritten(run, progress.message)
-    heldout = HeldOut(
-        task=task,
-        samples=JsonLines(run.samples, enabled=first, failed=unwritten.line),
-        stop=stop,
-        world_size=args.world_size,
-        measured=measured,
-    )
-    metrics = JsonLines(run.metrics, enabled=first, failed=unwritten.line)
-    bad_steps = BadSteps(
-        config.trainer.max_bad_steps,
-        log=JsonLines(run.bad_steps, enabled=first, failed=unwritten.line),
-        metrics=metrics,
-        progress=progress,
-        totals=totals,
-    )
-    parts = Parts(
-        config=config,
-        sampler=task.sampler(config, args.world_size),
-        task=task,
-        heldout=heldout,
-        steps=steps,
-        metrics=metrics,
-        progress=progress,
-        stop=stop,
-        totals=totals,
-        best=best,
-        until=until,
-        made_with=made_with(config, task.rows, task.heldout, steps, dtype=task.dtype, device=args.device),
-        bad_steps=bad_steps,
-        unwritten=unwritten,
-        files=files,
-    )
-    trainer = RunTrainer(args, parts)
-    if config.trainer.profile and first:
-        trainer.add_callback(StepProfile(run.profile, progress.message))
-    return trainer
-
-
 def go(trainer: RunTrainer, opened: Opened) -> None:
     """Train, or, when the checkpoint holds the last step already, only load it and finish."""
     if opened.checkpoint is None:
@@ -304,77 +233,3 @@ def go(trainer: RunTrainer, opened: Opened) -> None:
             "(a larger trainer.max_steps or trainer.num_train_epochs goes on, with resume.allow_changes=true)"
         )
         trainer.only_finish(opened.checkpoint)
-
-
-def write_results(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | None) -> dict[str, Any]:
-    """Write adapter and summary.
-
-    Returns:
-        The summary.
-
-    Raises:
-        RunFailed: something that the run was to write is missing, these or anything before.
-    """
-    unwritten = trainer.parts.unwritten
-    with unwritten.instead("adapter"):
-        save_adapter(trainer, task, run)
-    trainer.accelerator.wait_for_everyone()
-    summary = summarise(trainer, task, run, memory)
-    if trainer.args.process_index == 0 and "adapter" not in unwritten.reasons:
-        with unwritten.instead(run.summary.name):
-            write_json(run.summary, summary)
-    unwritten.report()
-    return summary
-
-
-def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
-    """Write the final adapter and the tokenizer, if there is one; a reader sees the old folder or the whole new one."""
-    beside = run.adapter.with_name(run.adapter.name + ".tmp")
-    if trainer.args.should_save:
-        # What a killed process left of it, safetensors' own unfinished file above all.
-        shutil.rmtree(beside, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    try:
-        trainer.save_model(str(beside), _internal_call=True)
-        if trainer.args.should_save:
-            (beside / "training_args.bin").unlink(missing_ok=True)
-            task.save_beside(beside)
-            write_format(beside, ADAPTER_FORMAT)
-            shutil.rmtree(run.adapter, ignore_errors=True)
-            Path(beside).rename(run.adapter)
-    finally:
-        if trainer.args.should_save:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | None) -> dict[str, Any]:
-    """What ``train`` reports."""
-    totals, first_step = trainer.parts.totals, trainer.first_step_done_s
-    return plain(
-        {
-            "run_dir": str(run.path),
-            "steps": trainer.state.global_step,
-            "train_loss": totals.train_loss,
-            "eval": trainer.final_metrics,
-            **{k: v for k, v in describe(task.model).items() if k != "kind"},
-            "adapter_kind": describe(task.model)["kind"],
-            "tokens": totals.run.tokens,
-            "tokens_per_s": totals.tokens_per_s,
-            "step_s_median": totals.step_s_median,
-            "first_step_done_s": first_step,
-            "total_s": round(seconds_since_start(), 3),
-            "peak_rss_mib": round(peak_rss_mib(), 1),
-            "memory_estimate": memory.estimate.as_dict() if memory else None,
-            "stopped_early": trainer.stopped_early,
-            "not_written": trainer.parts.unwritten.missing(),
-            "skipped_steps": totals.skipped_steps,
-            "loss_spikes": totals.loss_spikes,
-            "router_collapsed_at_step": totals.router_collapsed_at_step,
-            "best_step": trainer.parts.best.step,
-            "best_loss": trainer.parts.best.loss,
-            "final_step": trainer.final_step,
-            "adapter": str(run.adapter),
-            "device": str(trainer.args.device),
-            "data": task.report.as_dict(),
-        }
-    )

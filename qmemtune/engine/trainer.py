@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ from transformers.trainer_callback import PrinterCallback
 
 from qmemtune.adapters import parameter_groups
 from qmemtune.adapters.queryable.statistics import RouteUse
-from qmemtune.engine import checkpoints
+from qmemtune.engine.checkpoints import WRITING, Checkpoint
 from qmemtune.engine.environment import seconds_since_start
-from qmemtune.engine.heldout import Abandoned
-from qmemtune.engine.own_state import save_own_state
-from qmemtune.engine.parts import Parts as Parts
+from qmemtune.engine.evaluations import Evaluations
+from qmemtune.engine.parts import Parts
 from qmemtune.engine.prior_schedule import PriorSchedule
-from qmemtune.engine.rhythm import Due, Rhythm, due_at
+from qmemtune.engine.rhythm import Rhythm
 from qmemtune.engine.router_watch import RouterWatch, logged, scalars
+from qmemtune.engine.saving import save_checkpoint
+from qmemtune.engine.step_numbers import StepNumbers
 from qmemtune.engine.totals import Stopwatch
 from qmemtune.engine.tracking import guard_backends
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import short_rows_on_cpu
 from qmemtune.models.dequantized import dequantized_on_cpu
-from qmemtune.rundir import RunDir
 
 
 class RunTrainer(Trainer):
@@ -63,23 +63,15 @@ class RunTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, Rhythm(parts.config, self, has_heldout=bool(parts.heldout)))
         self.router = RouterWatch(task.model, parts.config, parts.totals)
         self.prior_schedule = PriorSchedule(task.model, parts.config.adapter, parts.steps.total)
+        self.evaluations = Evaluations(parts, self.prior_schedule, self.log)
         self._stopwatch = Stopwatch()
-        # The task's loss, and all that is trained on (with the adapter's own term).
-        self._step_losses = torch.zeros(2, device=args.device)
-        # What Task.count counts, in all processes.
-        self._step_counts = torch.ones(3, dtype=torch.long, device=args.device)
-        self._batches: list[Any] = []
-        self._grad_norm: Any = None
+        self.step_numbers = StepNumbers(task, self.accelerator, args.device)
         self._loss: float | None = 0.0
         """Mean loss of the latest step; None if the step was left out."""
         self._stopping = False
-        self._end_abandoned = False
-        self.stopped_early = False
+        """Whether a signal asked to stop."""
         self.ended = False
         """Whether it turned out before the first step that no step is to be made."""
-        self.final_step = 0
-        """Step whose adapter the model holds at the end."""
-        self.final_metrics: dict[str, Any] = {}
         self.checkpoint_missing = False
         """Whether the latest checkpoint could not be written."""
         self.first_step_done_s: float | None = None
@@ -89,7 +81,7 @@ class RunTrainer(Trainer):
         with self._fast_kernels():
             return super().train(*args, **kwargs)
 
-    def only_finish(self, checkpoint: checkpoints.Checkpoint) -> None:
+    def only_finish(self, checkpoint: Checkpoint) -> None:
         """Do what comes after the last step, from a checkpoint of that step."""
         self.model.load_adapter(str(checkpoint.path), self.model.active_adapters[0], is_trainable=True)
         self.state.global_step = checkpoint.step
@@ -126,29 +118,16 @@ class RunTrainer(Trainer):
             return [], None
         self._stopwatch.start()
         self.router.begin(self.state.global_step + 1)
-        batches = self._batches = list(islice(epoch_iterator, num_batches))
-        if not batches:
-            return batches, None
-        counts = torch.stack([self.parts.task.count(batch) for batch in batches]).sum(dim=0)
-        self._step_counts = self.accelerator.reduce(counts.to(device), "sum")
-        return batches, self._step_counts[0].clamp(min=1)
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, self.step_numbers.begin(batches)
 
     # Loss and optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The task's loss summed over this batch's items, divided by the items of the whole step.
-
-        The adapter's own term is added. Gradients are averaged over processes, so each multiplies by their number.
-        """
-        # The adapter's term is a mean over some of the batch's tokens: weigh it by their share.
-        share = self.parts.task.count(inputs)[2] / self._step_counts[2].clamp(min=1)
-        loss_sum, auxiliary = self.parts.task.loss(model, inputs)
-        main = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
-        loss = main + auxiliary * (self.accelerator.num_processes * share)
-        self._step_losses += torch.stack([main.detach(), loss.detach()])
-        return loss
+        """This batch's part of the step's loss."""
+        return self.step_numbers.loss(model, inputs, num_items_in_batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The configured optimizer over the adapter's parameter groups."""
@@ -166,16 +145,12 @@ class RunTrainer(Trainer):
         return self.optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._grad_norm
+        self.step_numbers.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.step_numbers.grad_norm
 
     def check_step(self) -> None:
         """Take the step's mean loss over all processes; leave the step out if loss or gradient is no number."""
-        norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
-        norm = torch.as_tensor(0.0 if norm is None else norm).to(self._step_losses).reshape(1)
-        # One number that is none makes the mean over all processes none: they decide alike.
-        numbers = self.accelerator.reduce(torch.cat([self._step_losses, norm]), "mean").tolist()
-        self._step_losses = torch.zeros_like(self._step_losses)
+        numbers = self.step_numbers.means()
         self._loss, step = numbers[0], self.state.global_step + 1
         if all(map(math.isfinite, numbers)):
             self.parts.bad_steps.take(step, numbers[0])
@@ -187,8 +162,7 @@ class RunTrainer(Trainer):
             self.optimizer.zero_grad()
             # Else Trainer's own sum would never be a number again.
             self._tr_loss.zero_()
-            rows = [origin for batch in self._batches for origin in self.parts.task.origins(batch)]
-            self.parts.bad_steps.skip(step, numbers[1], numbers[2], gather_object(rows))
+            self.parts.bad_steps.skip(step, numbers[1], numbers[2], gather_object(self.step_numbers.origins()))
             if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
                 raise Diverged(
                     f"the loss of step {step} is {numbers[1]}, and DeepSpeed has applied its gradient already",
@@ -207,17 +181,6 @@ class RunTrainer(Trainer):
         """``text``, which says where the latest state is saved, if it is."""
         return "its checkpoint could not be written" if self.checkpoint_missing else text
 
-    def diverged(self) -> Diverged:
-        """The error of a run that too many bad steps ended."""
-        bad, step = self.parts.bad_steps, self.state.global_step
-        steps = f"the last {bad.in_a_row} steps were" if bad.in_a_row > 1 else "the last step was"
-        return Diverged(
-            f"{steps} left out because loss or gradient is no number ({bad.latest} at step {step}); "
-            + self.saved(f"the state before them is kept in checkpoint-{step}"),
-            where=str(bad.log.path),
-            fix="look at the rows named there, lower optimizer.learning_rate, or use model.compute_dtype=float32",
-        )
-
     def end_step(self) -> None:
         use = self.router.end(self.args.device, lambda table: self.accelerator.reduce(table, "sum"))
         seconds = self._stopwatch.seconds
@@ -226,8 +189,8 @@ class RunTrainer(Trainer):
         if self._loss is None:
             self.parts.totals.add_skipped(seconds)
         else:
-            self.parts.totals.add(self._loss, int(self._step_counts[1].item()), seconds)
-        self._batches = []
+            self.parts.totals.add(self._loss, self.step_numbers.tokens, seconds)
+        self.step_numbers.end()
         self.parts.progress.step(self.state.global_step, {"epoch": self.state.epoch, "step_s": seconds})
         if use is not None:
             self._log_routes(use)
@@ -284,8 +247,9 @@ class RunTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What is due at this step, called by Trainer after logging and before saving."""
-        metrics = self.measure_due()
-        if self.stopped_early or self._stopping:
+        metrics = self.evaluations.measure_due(self.state.global_step, self.model)
+        self._stopping |= self.evaluations.abandoned
+        if self.evaluations.stopped_early or self._stopping:
             self.control.should_training_stop = self.control.should_save = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -294,16 +258,10 @@ class RunTrainer(Trainer):
         """Before the first step: measure the base if that is due; after a resume, what a signal cut short."""
         step = self.state.global_step
         self.prior_schedule.go_to(step)
-        if not self.parts.heldout:
-            return
-        if step > 0:
-            self.measure_due()
-            self.ended = self.stopped_early or self._stopping
-        elif self.parts.config.evaluation.at_start:
-            try:
-                self.measure_as(0, exact_match=False)
-            except Abandoned:
-                self._stopping = True
+        if self.parts.heldout:
+            self.evaluations.catch_up(step, self.model)
+            self._stopping |= self.evaluations.abandoned
+            self.ended = step > 0 and (self.evaluations.stopped_early or self._stopping)
 
     @property
     def complete(self) -> bool:
@@ -319,103 +277,22 @@ class RunTrainer(Trainer):
     @property
     def interrupted(self) -> bool:
         """Whether a signal stopped the run before its end, be it in the last evaluation."""
-        unfinished = self._stopping and not self.complete and not self.stopped_early
-        return self._end_abandoned or (unfinished and not self.parts.bad_steps.exhausted)
-
-    def measure_due(self) -> dict[str, Any]:
-        """Measure what is due at the current step, unless that was done, and see whether the run stops early."""
-        metrics: dict[str, Any] = {}
-        step = self.state.global_step
-        due = due_at(step, self.parts.config)
-        try:
-            if due and self.parts.heldout.measured.done_at != step:
-                metrics = self.measure(due)
-        except Abandoned:
-            # The step itself is whole; the evaluation is made up for when the run goes on.
-            self._stopping = True
-        patience = self.parts.config.trainer.early_stopping_patience
-        if patience and self.parts.best.evaluations_since >= patience and not self.complete:
-            self.stopped_early = True
-        return metrics
-
-    def measure(self, due: Due) -> dict[str, Any]:
-        """Measure held-out rows at the current step, log the result and compare its loss to the best one."""
-        step, metrics = self.state.global_step, {}
-        if due.loss or due.exact_match:
-            metrics = self.measure_as(step, exact_match=due.exact_match)
-            self.parts.best.update(step, metrics["loss"], self.model)
-        # Last: a measurement that a signal cuts short is made again, samples that are written are not.
-        if due.samples:
-            self.parts.heldout.write_samples(step)
-        self.parts.heldout.measured.done_at = step
-        return metrics
-
-    def measure_as(self, step: int, *, exact_match: bool) -> dict[str, Any]:
-        """Measure the model, which holds the adapter of ``step``, unless that was done, and log the result."""
-        known = self.parts.heldout.known(step, exact_match=exact_match)
-        if known is not None:
-            return known
-        metrics = self.parts.heldout.measure(step, exact_match=exact_match)
-        self.log({f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
-        line = {"event": "evaluation", "step": step, **metrics}
-        self.parts.metrics.write(line)
-        self.parts.progress.evaluation(line)
-        return metrics
+        unfinished = self._stopping and not self.complete and not self.evaluations.stopped_early
+        return self.evaluations.end_abandoned or (unfinished and not self.parts.bad_steps.exhausted)
 
     def finish(self) -> None:
-        """After the last step: go back to the best adapter if it is to be kept, and evaluate what the run ends with."""
+        """After the last step: evaluate what the run ends with."""
         if self.interrupted or self.paused or self.parts.bad_steps.exhausted:
             return
-        try:
-            self._finish()
-        except Abandoned:
-            # The checkpoint of the last step is saved: resuming only evaluates and writes the adapter.
-            self._end_abandoned = True
-
-    def _finish(self) -> None:
-        config, best, heldout = self.parts.config, self.parts.best, self.parts.heldout
         self._look_at_files(now=True)
-        self.final_step = self.state.global_step
-        self.prior_schedule.go_to(self.final_step)
-        at_end = config.evaluation.at_end and bool(heldout)
-        if config.trainer.keep_best and at_end:
-            self.measure(Due(loss=True, exact_match=False, samples=False))
-        if best.restore(self.model) and best.step is not None:
-            self.final_step = best.step
-            self.prior_schedule.go_to(self.final_step)
-        if at_end:
-            self.final_metrics = self.measure_as(self.final_step, exact_match=config.evaluation.exact_match.enabled)
-        else:
-            self.final_metrics = heldout.known(self.final_step, exact_match=False) or {}
+        self.evaluations.end(self.state.global_step, self.model)
 
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(self.args.output_dir) / checkpoints.WRITING)
+        return str(Path(self.args.output_dir) / WRITING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        root, writer = Path(self.args.output_dir), self.args.should_save
-        name, unwritten = f"checkpoint-{self.state.global_step}", self.parts.unwritten
-        with unwritten.instead(name):
-            if writer:
-                checkpoints.begin(root)
-        self.accelerator.wait_for_everyone()
-        with unwritten.instead(name):
-            super()._save_checkpoint(model, trial)
-        # A checkpoint is whole when every process has written its part.
-        failed = torch.tensor(float(name in unwritten.reasons), device=self.args.device)
-        self.checkpoint_missing = self.accelerator.reduce(failed, "sum").item() > 0
-        if writer and not self.checkpoint_missing:
-            with unwritten.instead(name):
-                self._complete_checkpoint(root / checkpoints.WRITING / name, root)
-            self.checkpoint_missing = name in unwritten.reasons
-        if writer and self.checkpoint_missing:
-            shutil.rmtree(root / checkpoints.WRITING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _complete_checkpoint(self, written: Path, root: Path) -> None:
-        facts = save_own_state(self.parts, written, RunDir(root.parent), self.state.global_step)
-        newest = checkpoints.complete(written, root, {**facts, "world_size": self.args.world_size})
-        if not self.parts.bad_steps.exhausted:
-            # Weights that lead to bad steps only may be worse than those of every earlier checkpoint.
-            checkpoints.rotate(root, self.parts.config.trainer.save_total_limit, newest=newest)
+        write = partial(super()._save_checkpoint, model, trial)
+        step = self.state.global_step
+        self.checkpoint_missing = not save_checkpoint(self.parts, self.args, self.accelerator, step=step, write=write)
