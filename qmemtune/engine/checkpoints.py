@@ -1,26 +1,21 @@
 """Checkpoints that are complete or absent: written beside, on the disk, checked by a manifest, renamed last.
 
-A checkpoint is Trainer's (adapter, optimizer, scheduler, random states, trainer state) plus the run's own state. Its
-manifest is written last; it names every file with size and SHA-256, and itself by a digest of its own, so that whatever
-was cut off, changed or lost since is noticed before anything is loaded.
+A checkpoint is Trainer's (adapter, optimizer, scheduler, random states, trainer state) plus the run's own state.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qmemtune.disk import onto_disk
+from qmemtune.engine.manifest import ANOTHER, MANIFEST, Checkpoint, NotComplete, damage, read_manifest, write_manifest
 from qmemtune.errors import Finding, UserError
-from qmemtune.rundir import CHECKPOINT_FORMAT, refuse_newer
 
-MANIFEST = "manifest.json"
 WRITING = ".writing"
 """Folder, beside the checkpoints, in which the next one is being written."""
 DELETING = ".deleting-"
@@ -29,27 +24,6 @@ NAME = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 OWN = ("totals.json", "best.json")
 """The run's own state."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint by its manifest."""
-
-    path: Path
-    step: int
-    world_size: int
-    """Processes of the run that wrote it."""
-    rows_per_step: int
-    """Training rows in one optimizer step of that run."""
-    files: dict[str, dict[str, Any]]
-    """Name → ``size`` in bytes and ``sha256``; the first format knew sizes only."""
-    format: int
-    log_lines: dict[str, int]
-    """Lines that the run's log files had, by name; empty in the first format."""
-
-
-class NotComplete(UserError):
-    """A folder is no complete checkpoint."""
 
 
 def found_checkpoints(root: Path) -> list[Path]:
@@ -122,63 +96,6 @@ def refuse_links(path: Path) -> None:
         )
 
 
-ANOTHER = "put a whole copy in its place, or go on from another checkpoint (resume=auto takes the newest complete one)"
-
-
-def damage(folder: Path, name: str, written: dict[str, Any]) -> str | None:
-    """What is wrong with a file, in words; None if it is as it was written.
-
-    Args:
-        folder: the checkpoint.
-        name: of the file within it.
-        written: its ``size`` and ``sha256``.
-    """
-    file = folder / name
-    if not file.is_file():
-        return f"{name} is missing"
-    if file.stat().st_size != written["size"]:
-        return f"{name} has {file.stat().st_size:,} of {written['size']:,} bytes"
-    if "sha256" in written and sha256(file) != written["sha256"]:
-        return f"{name} has other content than was written (SHA-256)"
-    return None
-
-
-def read_manifest(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``, by its manifest; the files themselves are not looked at.
-
-    Raises:
-        NotComplete: there is no manifest, or it is damaged.
-        UserError: a newer version of this program wrote it.
-    """
-    file = path / MANIFEST
-    if not file.is_file():
-        raise NotComplete(
-            f"not a complete checkpoint: it has no {MANIFEST}",
-            where=str(path),
-            fix="name a folder checkpoint-<step> of a run, or use resume=auto for the newest complete one",
-        )
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        version = facts.get("format", 1)
-        if version != 1 or "digest" in facts:
-            if facts.pop("digest", None) != digest(facts):
-                raise ValueError("its own digest does not match")
-            refuse_newer("checkpoint", version, CHECKPOINT_FORMAT, str(path), facts.get("qmemtune"))
-        files = {str(name): {"size": entry} if version == 1 else dict(entry) for name, entry in facts["files"].items()}
-        numbers = [facts[name] for name in ("step", "world_size", "rows_per_step")]
-        numbers += [entry["size"] for entry in files.values()]
-        if not files or any(type(number) is not int for number in numbers):
-            raise ValueError("it lists no files with sizes")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise NotComplete(
-            f"checkpoint is damaged: {MANIFEST} cannot be used ({type(error).__name__}: {error})",
-            where=str(path),
-            fix=ANOTHER,
-        ) from None
-    step, world_size, rows_per_step = numbers[:3]
-    return Checkpoint(path, step, world_size, rows_per_step, files, version, facts.get("log_lines", {}))
-
-
 def require_files(checkpoint: Checkpoint, *, sharded: bool) -> None:
     """Make sure that a checkpoint holds everything without which training would go on differently.
 
@@ -220,14 +137,9 @@ def complete(written: Path, root: Path, facts: dict[str, Any]) -> Path:
     """
     # Trainer pickles its arguments; nothing reads them back, and a pickle is nothing to keep in a run folder.
     (written / "training_args.bin").unlink(missing_ok=True)
-    files = {}
-    for file in sorted(file for file in written.rglob("*") if file.is_file()):
+    for file in [file for file in written.rglob("*") if file.is_file()]:
         onto_disk(file)
-        files[str(file.relative_to(written))] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    manifest = {"format": CHECKPOINT_FORMAT, **facts, "files": files}
-    text = json.dumps({**manifest, "digest": digest(manifest)}, indent=2) + "\n"
-    (written / MANIFEST).write_text(text, encoding="utf-8")
-    onto_disk(written / MANIFEST)
+    onto_disk(write_manifest(written, facts))
     for folder in [*(path for path in written.rglob("*") if path.is_dir()), written]:
         onto_disk(folder)
     final = root / written.name
@@ -282,26 +194,3 @@ def discard(path: Path) -> None:
         leaving.unlink()
     else:
         shutil.rmtree(leaving)
-
-
-def digest(facts: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its digest."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    """Of a file's content, hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def onto_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        # Windows opens no folders.
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

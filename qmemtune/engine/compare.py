@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmemtune.engine.checkpoints import MANIFEST
+from qmemtune.engine.manifest import MANIFEST
 
 TIMES = ("tokens_per_s", "seconds")
 """Endings of the names of entries, in whatever depth, that no two runs share."""

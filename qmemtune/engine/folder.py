@@ -10,8 +10,9 @@ import torch
 
 from qmemtune.config.schema import Config
 from qmemtune.credentials import hide
-from qmemtune.engine.checkpoints import Checkpoint, checked, found_checkpoints, newest_complete
+from qmemtune.engine.checkpoints import checked, found_checkpoints, newest_complete
 from qmemtune.engine.lock import refuse_if_in_use
+from qmemtune.engine.manifest import Checkpoint
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype
 from qmemtune.rundir import RUN_FORMAT, RunDir, check_format, new_run_path, read_json

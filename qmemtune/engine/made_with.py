@@ -15,8 +15,8 @@ from qmemtune.config.schema import Config
 from qmemtune.config.settings import flatten
 from qmemtune.data.changes import all_files, state_of
 from qmemtune.data.fingerprint import rows_digest
-from qmemtune.engine.checkpoints import Checkpoint
 from qmemtune.engine.environment import PACKAGES, processor_name, version_of
+from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.steps import StepCount
 from qmemtune.errors import Finding, UserError
 from qmemtune.rundir import read_json

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import qmemtune
+from qmemtune.disk import onto_disk
 from qmemtune.engine import made_with
-from qmemtune.engine.checkpoints import onto_disk
 from qmemtune.engine.metrics_log import count_lines
 from qmemtune.engine.parts import Parts
 from qmemtune.rundir import RunDir

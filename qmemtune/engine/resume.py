@@ -6,7 +6,8 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-from qmemtune.engine.checkpoints import Checkpoint, require_files
+from qmemtune.engine.checkpoints import require_files
+from qmemtune.engine.manifest import Checkpoint
 from qmemtune.errors import Finding, UserError
 
 NOT_COMPARED = {

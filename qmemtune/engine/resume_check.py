@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from qmemtune.config.compose import Composed
 from qmemtune.config.schema import Config, ResumeConfig, TrackingConfig
-from qmemtune.engine.checkpoints import Checkpoint, complete_checkpoints
+from qmemtune.engine.checkpoints import complete_checkpoints
 from qmemtune.engine.compare import logged_lines, same_content
 from qmemtune.engine.folder import recorded_dtype
+from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.progress import SilentProgress
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError

@@ -20,9 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from qmemtune.adapters import parameter_groups
 from qmemtune.adapters.queryable.statistics import RouteUse
-from qmemtune.engine.checkpoints import WRITING, Checkpoint
+from qmemtune.engine.checkpoints import WRITING
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.evaluations import Evaluations
+from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.parts import Parts
 from qmemtune.engine.prior_schedule import PriorSchedule
 from qmemtune.engine.rhythm import Rhythm

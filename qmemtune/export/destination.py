@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from qmemtune.disk import onto_disk
 from qmemtune.errors import UserError
 from qmemtune.export.marker import MARKER
 
@@ -92,12 +93,7 @@ def _readable(folder: Path) -> None:
 def _on_disk(folder: Path) -> None:
     """Wait until files and folders have reached the disk."""
     for entry in [*folder.rglob("*"), folder]:
-        if entry.is_file() or os.name == "posix":
-            handle = os.open(entry, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        onto_disk(entry)
 
 
 def _replace(path: Path, partial: Path) -> None:
@@ -108,9 +104,4 @@ def _replace(path: Path, partial: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(path)
-    if os.name == "posix":
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    onto_disk(path.parent)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qmemtune.cli.app import main
-from qmemtune.engine import checkpoints
+from qmemtune.engine import manifest
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -80,8 +80,8 @@ def test_other_numbers_and_other_weights_are_found(run, check):
     save_file(weights, last / "adapter_model.safetensors", metadata={"format": "pt"})
     facts = json.loads((last / "manifest.json").read_text())
     file = last / "adapter_model.safetensors"
-    facts["files"][file.name] = {"size": file.stat().st_size, "sha256": checkpoints.sha256(file)}
-    facts["digest"] = checkpoints.digest({key: value for key, value in facts.items() if key != "digest"})
+    facts["files"][file.name] = {"size": file.stat().st_size, "sha256": manifest.sha256(file)}
+    facts["digest"] = manifest.digest({key: value for key, value in facts.items() if key != "digest"})
     (last / "manifest.json").write_text(json.dumps(facts))
     report = check(run, code=1)
     assert report["exact"] is False

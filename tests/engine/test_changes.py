@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qmemtune.engine import made_with
-from qmemtune.engine.checkpoints import digest
 from qmemtune.engine.made_with import ChangedRun
+from qmemtune.engine.manifest import digest
 from qmemtune.engine.plan import plan
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError

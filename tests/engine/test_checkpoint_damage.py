@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from qmemtune.engine import checkpoints
-from qmemtune.engine.checkpoints import NotComplete, checked, complete_checkpoints, newest_complete, rotate
+from qmemtune.engine.checkpoints import checked, complete_checkpoints, newest_complete, rotate
 from qmemtune.engine.folder import open_run
+from qmemtune.engine.manifest import NotComplete
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
 
