@@ -74,6 +74,12 @@ class Diverged(RunFailed):
     """The loss of a run is no longer a number."""
 
 
+def first_line(error: BaseException) -> str:
+    """How an error's text begins: its first line, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 # Of a full disk or an exceeded quota, as C++ and Rust libraries tell of it.
 _WRITING = re.compile(
     r"inline_container\.cc|iostream error|PytorchStreamWriter"

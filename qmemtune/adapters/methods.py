@@ -18,7 +18,7 @@ from torch import nn
 
 from qmemtune.adapters.queryable.registration import QUERYABLE
 from qmemtune.config.adapters import AdapterConfig, MethodConfig
-from qmemtune.errors import Finding, UserError
+from qmemtune.errors import Finding, UserError, first_line
 
 PRESETS: dict[str, tuple[PeftType, dict[str, Any]]] = {"dora": (PeftType.LORA, {"use_dora": True})}
 """Methods that PEFT has as an option of another one."""
@@ -238,7 +238,7 @@ def refused(config: MethodConfig, error: Exception, layer: str | None = None) ->
     """The error for a method that failed on this base."""
     place = f"{layer}: " if layer else ""
     return UserError(
-        f"{config.method} cannot adapt this base ({place}{str(error).splitlines()[0]})",
+        f"{config.method} cannot adapt this base ({place}{first_line(error)})",
         where=METHOD_KEY,
         fix="use quantization=none if the base is quantised, or another method",
     )

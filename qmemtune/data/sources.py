@@ -14,8 +14,8 @@ from qmemtune.config.paths import is_glob
 from qmemtune.data.files import FAULTS, kind_of_file
 from qmemtune.data.jsonfiles import read_json, read_jsonl
 from qmemtune.data.records import RawRow, Rejected
-from qmemtune.data.tables import first_line, read_arrow, read_csv, read_parquet
-from qmemtune.errors import UserError
+from qmemtune.data.tables import read_arrow, read_csv, read_parquet
+from qmemtune.errors import UserError, first_line
 
 Reader = Callable[[Path], Iterator[RawRow | Rejected]]
 

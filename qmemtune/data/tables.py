@@ -11,7 +11,7 @@ from typing import Any
 from qmemtune.data.files import FAULTS, open_bytes
 from qmemtune.data.jsonfiles import check_encoding
 from qmemtune.data.records import RawRow, Rejected, excerpt
-from qmemtune.errors import UserError
+from qmemtune.errors import UserError, first_line
 
 PARQUET_ROWS = 1024
 LONGEST_FIELD = 2**31 - 1
@@ -143,8 +143,3 @@ def batch_rows(batch: Any) -> list[dict[str, Any] | None]:
         if batch.num_rows == 1:
             return [None]
         return [row for i in range(batch.num_rows) for row in batch_rows(batch.slice(i, 1))]
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

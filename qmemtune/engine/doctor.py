@@ -19,6 +19,7 @@ import torch
 from qmemtune.engine.environment import processor_name, version_of
 from qmemtune.engine.memory.fit import capacity, size
 from qmemtune.engine.versions import python_range, required, tested
+from qmemtune.errors import first_line
 from qmemtune.models.hardware import bf16_is_fast, matmul_seconds, pick_device
 from qmemtune.rundir import cache_root
 
@@ -156,8 +157,7 @@ def bitsandbytes() -> Iterator[Result]:
             if not bool(made.isfinite().all()):
                 raise RuntimeError(f"{type(layer).__name__} gives no numbers")
     except Exception as error:  # noqa: BLE001 - a library built for another machine fails in any way
-        text = (str(error).splitlines() or [""])[0]
-        yield Result(name, "warning", f"4-bit and 8-bit layers fail on {device.type}: {text}", remedy)
+        yield Result(name, "warning", f"4-bit and 8-bit layers fail on {device.type}: {first_line(error)}", remedy)
         return
     yield Result(name, "ok", f"4-bit and 8-bit layers work on {device.type}")
 

@@ -82,7 +82,7 @@ def load_adapted(adapter: Path, config: Config, *, device: torch.device | None =
         model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
     except RuntimeError as error:
         raise UserError(
-            f"the adapter does not fit this base: {first_line(error)}",
+            f"the adapter does not fit this base: {two_lines(error)}",
             where=str(adapter),
             fix="use the base that it was trained on (model.path, as config.yaml of its run has it)",
         ) from error
@@ -94,7 +94,7 @@ def load_adapted(adapter: Path, config: Config, *, device: torch.device | None =
     return LoadedRun(model, tokenizer, config, device, dtype, InstructionSource(model, tokenizer, places=places))
 
 
-def first_line(error: Exception) -> str:
-    """The start of an error's text."""
+def two_lines(error: Exception) -> str:
+    """How an error's text begins: torch names the first parameter that does not fit on its second line."""
     lines = str(error).strip().splitlines()
     return " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__

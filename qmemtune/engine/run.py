@@ -38,7 +38,7 @@ from qmemtune.engine.steps import count_steps
 from qmemtune.engine.task import Task
 from qmemtune.engine.tracking import use_folder
 from qmemtune.engine.trainer import RunTrainer
-from qmemtune.errors import UserError
+from qmemtune.errors import UserError, first_line
 from qmemtune.models.hardware import pick_device
 from qmemtune.rundir import RUN_FORMAT, RunDir, write_format, write_json, write_text
 
@@ -223,7 +223,7 @@ def go(trainer: RunTrainer, opened: Opened) -> None:
             trainer.train(resume_from_checkpoint=str(opened.checkpoint.path))
         except pickle.UnpicklingError as error:
             raise UserError(
-                "a state in the checkpoint is refused, since loading it could run code: " + str(error).splitlines()[0],
+                f"a state in the checkpoint is refused, since loading it could run code: {first_line(error)}",
                 where=str(opened.checkpoint.path),
                 fix="go on from a checkpoint of your own",
             ) from error

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 
-from qmemtune.errors import UserError
+from qmemtune.errors import UserError, first_line
 from qmemtune.models.sources import Source
 
 
@@ -47,7 +47,7 @@ def _explain(error: BaseException, source: Source, where: str) -> UserError | No
     if isinstance(error, SafetensorError):
         return UserError(f"a weights file of {source.origin} is damaged: {text}", where=where, fix="copy it again")
     if isinstance(error, ImportError):
-        return UserError(f"{source.origin} needs a package that is missing: {_first_line(text)}", where=where)
+        return UserError(f"{source.origin} needs a package that is missing: {first_line(error)}", where=where)
     if "Unrecognized configuration class" in text:
         return UserError(
             f"{source.origin} is not a causal language model", where=where, fix="choose a decoder-only model"
@@ -64,7 +64,7 @@ def _explain(error: BaseException, source: Source, where: str) -> UserError | No
 def _hub_failure(error: BaseException, source: Source, where: str) -> UserError | None:
     if source.is_local:
         if isinstance(error, OSError):
-            return UserError(f"{source.origin} cannot be loaded: {_first_line(str(error))}", where=where)
+            return UserError(f"{source.origin} cannot be loaded: {first_line(error)}", where=where)
         return None
     for cause in _causes(error):
         if isinstance(cause, hub.GatedRepoError):
@@ -96,7 +96,7 @@ def _hub_failure(error: BaseException, source: Source, where: str) -> UserError 
             )
         if "connect" in str(error) or "offline" in str(error).lower():
             return _unreachable(source, where)
-        return UserError(f"{source.origin} cannot be loaded: {_first_line(str(error))}", where=where)
+        return UserError(f"{source.origin} cannot be loaded: {first_line(error)}", where=where)
     return None
 
 
@@ -114,7 +114,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no reason given"
