@@ -8,6 +8,7 @@ from qmemtune.config.adapters import QueryableConfig, uses_prior
 from qmemtune.config.data import CONVERSATIONS
 from qmemtune.config.fields import fields_of
 from qmemtune.config.paths import looks_local
+from qmemtune.config.regression import GENERATED_MLP, is_regression
 from qmemtune.config.schema import Config
 
 
@@ -18,7 +19,8 @@ def unused_options(config: Config, given: Mapping[str, str]) -> list[str]:
         config: a validated config.
         given: the keys to look at, and who set each.
     """
-    reasons = {**_model(config), **_data(config), **_adapter(config), **_training(config), **_evaluation(config)}
+    groups = (_model, _data, _adapter, _training, _evaluation, _task)
+    reasons = {key: reason for found in groups for key, reason in found(config).items()}
     lines = [f"{given[key]}: {key} has no effect: {reason}" for key, reason in reasons.items() if key in given]
     lines += [
         f"{given[key]}: {key} holds a backslash followed by n, not a line break -> in bash write $'...\\n...'"
@@ -69,6 +71,21 @@ def _data(c: Config) -> dict[str, str]:
     if c.data.format in CONVERSATIONS:
         for name in ("prompt_template", "completion_template"):
             reasons[f"data.{name}"] = f"{c.data.format} rows are rendered by the chat template"
+    return reasons
+
+
+def _task(c: Config) -> dict[str, str]:
+    """Options of the other task: a regression's in a language model's run, and the reverse."""
+    if not is_regression(c):
+        keys = [key for key in fields_of(c.adapter.kind) if key.startswith(("model.mlp.", "data.regression."))]
+        return dict.fromkeys(keys, f"model.path is not {GENERATED_MLP}")
+    kept = ("data.path", "data.regression.")
+    keys = [key for key in fields_of(c.adapter.kind) if key.startswith("data.") and not key.startswith(kept)]
+    reasons = dict.fromkeys(keys, "the rows of a regression are generated")
+    for name in ("tokenizer", "chat_template", "attn_implementation", "trust_remote_code"):
+        reasons[f"model.{name}"] = "the base of a regression is trained here"
+    for name in ("packing", "length_grouping"):
+        reasons[f"trainer.{name}"] = "the rows of a regression are of one length"
     return reasons
 
 

@@ -9,6 +9,7 @@ from qmemtune.errors import UserError
 
 BASE = ["model.path=a/b", "data.path=c/d"]
 QUERYABLE = [*BASE, "adapter=queryable"]
+REGRESSION = ["model.path=generated:mlp", "data.path=generated:noisy_regression"]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,11 @@ def test_checks_report_together():
         (["export.format=lora", "export.dtype=float32"], "export.dtype"),
         (["export.calibration_rows=5"], "export.calibration_rows"),
         (["data.format=messages", "data.prompt_template={x}"], "data.prompt_template"),
+        (["model.mlp.width=5"], "model.mlp.width"),
+        (["data.regression.noise_std=0.1"], "data.regression.noise_std"),
+        ([*REGRESSION, "data.max_length=5"], "data.max_length"),
+        ([*REGRESSION, "model.tokenizer=x/y"], "model.tokenizer"),
+        ([*REGRESSION, "trainer.packing=true"], "trainer.packing"),
     ],
 )
 def test_what_does_nothing_is_warned_about(overrides, key):
