@@ -73,7 +73,7 @@ def licence(config: Config) -> str:
 def making(config: Config, source: Source, result: dict[str, Any]) -> str:
     """Base, data and method."""
     paths = [s.path for s in config.data.sources.values()] or [config.data.path]
-    data = ", ".join(PurePath(path).name if PurePath(path).suffix else path for path in paths)
+    data = ", ".join(PurePath(path).name if PurePath(path).suffix else public(path) for path in paths)
     precision = "unquantised" if config.quantization.kind == "none" else f"quantised to {config.quantization.kind}"
     base = source.origin if source.revision is None else f"{source.origin} (revision {source.revision})"
     digest = result.get("base_sha256")

@@ -78,6 +78,7 @@ def calibration_data(job: Export, wanted: int) -> PreparedData:
         data = replace(
             data,
             path=job.config.export.calibration,
+            sources={},
             eval_path=None,
             eval_split=None,
             eval_fraction=0.0,

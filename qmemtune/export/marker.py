@@ -7,6 +7,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from qmemtune import __version__
+from qmemtune.config.data import DataConfig
 from qmemtune.config.schema import Config
 from qmemtune.models.sources import PACKAGE, Source
 from qmemtune.rundir import EXPORT_MARKER, read_json, write_json
@@ -36,11 +37,16 @@ def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, 
         },
         "quantization": asdict(config.quantization),
         "adapter": public(asdict(config.adapter)),
-        # Only paths are shortened: a template or pattern may begin with a slash, too.
-        "data": asdict(config.data) | {key: public(getattr(config.data, key)) for key in ("path", "eval_path")},
+        "data": data_options(config.data),
         "evaluation": asdict(config.evaluation),
         "seed": config.seed,
     }
+
+
+def data_options(data: DataConfig) -> dict[str, Any]:
+    """The data options; only paths are shortened, for a template or pattern may begin with a slash, too."""
+    sources = {name: asdict(source) | {"path": public(source.path)} for name, source in data.sources.items()}
+    return asdict(data) | {"path": public(data.path), "eval_path": public(data.eval_path), "sources": sources}
 
 
 def write_marker(folder: Path, content: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qmemtune.config.adapters import QueryableConfig
+from qmemtune.config.data import SourceConfig
+from qmemtune.config.missing import MISSING
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.trainer import RunTrainer
 from qmemtune.export import export_run
@@ -69,9 +71,12 @@ def test_a_close_fold_is_not_distilled(make_run) -> None:
     assert result["fidelity"]["kl_mean"] < 1e-6
 
 
-def test_calibration_rows_of_a_deployment(make_run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixture", [False, True])
+def test_calibration_rows_of_a_deployment(make_run, tmp_path: Path, mixture: bool) -> None:
     rows = tmp_path / "deployment.jsonl"
     rows.write_text('{"instruction": "Say fox", "output": "fox"}\n' * 3)
     run, config = make_run(ROUTED, format="lora", fold="least_squares", calibration=str(rows))
+    if mixture:
+        config.data.path, config.data.sources = MISSING, {"a": SourceConfig(path=config.data.path)}
     result = export_run(run, config)
     assert result["calibration"] == {"rows": 3, "fold": "least_squares"}

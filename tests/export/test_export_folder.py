@@ -6,6 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.config.data import SourceConfig
+from qmemtune.config.missing import MISSING
 from qmemtune.errors import UserError
 from qmemtune.export import export_run
 from qmemtune.export.card import base_argument
@@ -55,6 +57,22 @@ def test_marker_and_card(make_run) -> None:
     assert "load_in_4bit=True" in card
     assert "\nlicense:" not in card
     assert "base_model:" not in card  # a local folder means nothing to the hub
+
+
+def test_no_source_names_a_place_on_this_machine(make_run, rows: Path) -> None:
+    run, config = make_run(LoraConfig(r=4), format="live", fidelity=False)
+    plain = rows.parent / "folder"
+    plain.mkdir()
+    (plain / rows.name).write_bytes(rows.read_bytes())
+    config.data.path = MISSING
+    config.data.sources = {"a": SourceConfig(path=str(rows)), "b": SourceConfig(path=str(plain), weight=0.5)}
+    folder = Path(export_run(run, config)["path"])
+    marker = read_marker(folder)
+    assert {name: source["path"] for name, source in marker["data"]["sources"].items()} == {
+        "a": "rows.jsonl",
+        "b": "folder",
+    }
+    assert "- Data: rows.jsonl, folder\n" in (folder / "README.md").read_text()
 
 
 def test_how_a_base_is_loaded() -> None:

@@ -11,12 +11,15 @@ from torch import nn
 
 from qmemtune.adapters import apply_adapter
 from qmemtune.cli.app import main
+from qmemtune.config.data import SourceConfig
+from qmemtune.config.missing import MISSING
 from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.config.training import OptimizerConfig
 from qmemtune.engine.language import LabelledLoss
 from qmemtune.engine.memory.estimate import RunMemory, Workload
 from qmemtune.engine.memory.exhausted import asked_bytes, explained, is_out_of_memory
 from qmemtune.engine.memory.fit import Memory, largest_batch, suggestions
+from qmemtune.engine.memory.report import largest_workload
 from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
@@ -182,6 +185,14 @@ def test_estimate_needs_no_weights_and_no_rows(run_config, tiny_llama_dir, tmp_p
     assert found["workload"]["tokens"] == 64
     assert found["total_mib"] == pytest.approx(sum(found["parts_mib"].values()), abs=1)
     assert "no data are given" in found["notes"][0]
+
+
+def test_estimate_reads_the_rows_of_a_mixture(run_config):
+    config = run_config().config
+    mixture = replace(config.data, path=MISSING, sources={"a": SourceConfig(path=config.data.path)})
+    workload, notes = largest_workload(replace(config, data=mixture))
+    assert notes == []
+    assert workload == largest_workload(config)[0]
 
 
 def test_estimate_is_shown_by_part(run_config, tiny_llama_dir, capsys):

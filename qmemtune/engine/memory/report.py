@@ -64,7 +64,7 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
 def largest_workload(config: Config) -> tuple[Workload, list[str]]:
     """The largest batch of a run, by its rows if they are at hand; and what to say if they are not."""
     long = f"rows are taken to be as long as data.max_length={config.data.max_length}, all in the loss"
-    if config.data.path == MISSING:
+    if config.data.path == MISSING and not config.data.sources:
         return Workload.of(config), [f"no data are given: {long}"]
     try:
         rows = prepare_data(config.data, load_tokenizer(config.model)).train
