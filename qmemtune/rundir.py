@@ -157,7 +157,7 @@ def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:
         UserError: there is no run there.
     """
     if path is not None:
-        run = RunDir(Path(path))
+        run = RunDir(Path(path).expanduser())
         if not run.config.is_file():
             raise UserError(
                 "not a run folder: it holds no config.yaml",

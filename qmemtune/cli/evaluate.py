@@ -93,7 +93,7 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     composed = compose(overrides)
     out.warn(composed.warnings)
     config = composed.config
-    if (Path(config.model.path) / "adapter_config.json").is_file():
+    if (Path(config.model.path).expanduser() / "adapter_config.json").is_file():
         raise UserError(
             "this folder holds an adapter, not a whole model",
             where=config.model.path,

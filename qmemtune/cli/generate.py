@@ -123,11 +123,12 @@ def _prompts(prompt: str | None, file: Path | None) -> Iterator[dict[str, Any]]:
         return
     where = "stdin" if file is None else str(file)
     try:
-        lines = sys.stdin.read().splitlines() if file is None else file.read_text(encoding="utf-8").splitlines()
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=where) from None
     is_jsonl = file is not None and file.suffix.lower() in (".jsonl", ".ndjson")
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    # Not splitlines, which also breaks at characters that JSON has within its texts, such as U+2028.
+    rows = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
         raise UserError("holds no prompt", where=where, fix="write one prompt a line, or give --prompt")
     findings: list[Finding] = []

@@ -41,7 +41,7 @@ def open_run(config: Config, *, make: bool = False) -> Opened:
         UserError: the folder holds another run or is in use, or there is nothing to resume from.
     """
     if config.run_dir is not None:
-        check_format(Path(config.run_dir), "run folder", RUN_FORMAT)
+        check_format(Path(config.run_dir).expanduser(), "run folder", RUN_FORMAT)
     opened = choose(config, make)
     refuse_if_in_use(opened.run)
     return opened
@@ -53,9 +53,9 @@ def choose(config: Config, make: bool) -> Opened:
         return Opened(new_folder(config, make), None, [])
     if config.resume.path == "auto":
         return newest(config)
-    checkpoint = checked(Path(config.resume.path))
+    checkpoint = checked(Path(config.resume.path).expanduser())
     # A checkpoint lies in <run>/checkpoints/.
-    run = RunDir(Path(config.run_dir) if config.run_dir else checkpoint.path.absolute().parent.parent)
+    run = RunDir(Path(config.run_dir).expanduser() if config.run_dir else checkpoint.path.absolute().parent.parent)
     if not config.run_dir and not run.config.is_file():
         raise UserError(
             "the checkpoint does not lie in a run folder",
@@ -69,7 +69,7 @@ def new_folder(config: Config, make: bool) -> RunDir:
     """The folder of a run that starts at step 0."""
     if config.run_dir is None:
         return RunDir(new_run_path(config.recipe, make=make))
-    run = RunDir(Path(config.run_dir))
+    run = RunDir(Path(config.run_dir).expanduser())
     again = "choose another run_dir, or add resume=auto to go on with it"
     if run.path.exists() and not run.path.is_dir():
         raise UserError("run_dir is a file", where=str(run.path), fix="name a folder")
@@ -88,7 +88,7 @@ def newest(config: Config) -> Opened:
             where="resume",
             fix="add run_dir=runs/<recipe>/<timestamp>, or name a checkpoint folder with resume=",
         )
-    run = RunDir(Path(config.run_dir))
+    run = RunDir(Path(config.run_dir).expanduser())
     found, damaged = newest_complete(run.checkpoints)
     if found is not None:
         passed = [f"warning: passed over {finding.where}: {finding.problem}" for finding in damaged]
@@ -110,7 +110,8 @@ def run_dtype(config: Config, device: torch.device) -> torch.dtype:
     setting: str = config.model.compute_dtype
     path = config.resume.path
     if setting == "auto" and path is not None:
-        begun = Path(config.run_dir or "") if path == "auto" else Path(path).absolute().parent.parent
+        named = Path(path if path != "auto" else config.run_dir or "").expanduser()
+        begun = named if path == "auto" else named.absolute().parent.parent
         setting = recorded_dtype(RunDir(begun)) or setting
     return compute_dtype(setting, device)
 
@@ -132,7 +133,7 @@ def resume_command(arguments: list[str], run: RunDir) -> str:
         arguments: the command line of this process, ``sys.argv``.
         run: its folder.
     """
-    kept = [a for a in arguments[1:] if not a.startswith(("run_dir=", "resume="))]
+    kept = [a for a in arguments[1:] if not a.startswith(("run_dir=", "resume=", "resume.path="))]
     if kept[:1] != ["train"]:
         # Not started by the command line's verb (a script, a test): name what is needed, no more.
         kept = ["train", "..."]

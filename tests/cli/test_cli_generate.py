@@ -67,11 +67,13 @@ def test_lines_of_a_file_and_of_stdin(capsys, stdin, tmp_path):
 
 
 def test_jsonl_rows_and_json_answers(capsys, stdin, tmp_path):
-    rows = [{"prompt": "one", "instruction": "i"}, {"messages": [{"role": "user", "content": "two"}]}]
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    # A line separator within a text does not end the line.
+    rows = [{"prompt": "one\u2028", "instruction": "i"}, {"messages": [{"role": "user", "content": "two"}]}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8", newline="")
     assert main(["generate", "--file", "p.jsonl", "--json"]) == 0
     answers = json.loads(capsys.readouterr().out)["answers"]
-    assert [answer["answer"] for answer in answers] == ["<one>i,256,0.0", "<two>None,256,0.0"]
+    assert [answer["answer"] for answer in answers] == ["<one\u2028>i,256,0.0", "<two>None,256,0.0"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from qmemtune.engine.sampler import SeededRandomSampler
 from qmemtune.engine.steps import count_steps
 from qmemtune.engine.totals import Totals
 from qmemtune.errors import UserError
-from qmemtune.rundir import RunDir
+from qmemtune.rundir import RunDir, find_run
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,22 @@ def test_resume_needs_a_run():
     config.resume.path = "auto"
     with pytest.raises(UserError, match="which run"):
         open_run(config)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert open_run(Config(run_dir="~/run")).run.path == tmp_path / "run"
+    written = checkpoints.begin(tmp_path / "run" / "checkpoints") / "checkpoint-2"
+    written.mkdir()
+    (written / "file").write_text("x")
+    checkpoints.complete(written, tmp_path / "run" / "checkpoints", {"step": 2, "world_size": 1, "rows_per_step": 8})
+    (tmp_path / "run" / "config.yaml").touch()
+    config = Config()
+    config.resume.path = "~/run/checkpoints/checkpoint-2"
+    opened = open_run(config)
+    assert opened.checkpoint is not None
+    assert opened.run.path == find_run("~/run").path == tmp_path / "run"
 
 
 def test_resume_command_is_one_a_shell_takes():
