@@ -60,7 +60,7 @@ class SourceConfig:
     remove_pattern: str | None = None
     """Regular expression; what it matches is removed from completions and reference answers."""
     system: str | None = None
-    """System prompt put before each conversation that has none."""
+    """System prompt put before each conversation, or plain prompt, that has none."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class DataConfig:
     chat: Literal["auto", "always", "never"] = "auto"
     """Render with the tokenizer's chat template: auto does it for messages and sharegpt rows only."""
     system: str | None = None
-    """System prompt put before each conversation that has none."""
+    """System prompt put before each conversation, or plain prompt, that has none."""
     loss_on: Literal["completion", "last_turn", "all"] = "completion"
     """Tokens in the loss: the completion (in a chat every assistant turn without weight: 0), in a chat only the last
     assistant turn, or all of them."""

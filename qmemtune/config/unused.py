@@ -66,8 +66,6 @@ def _data(c: Config) -> dict[str, str]:
         reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_split gives the held-out rows"
     elif c.data.path.startswith("generated:"):
         reasons["data.eval_fraction"] = reasons["data.split_seed"] = f"{c.data.path} brings its held-out rows"
-    if c.data.chat == "never" and c.data.format not in CONVERSATIONS:
-        reasons["data.system"] = "data.chat is never"
     if c.data.format in CONVERSATIONS:
         for name in ("prompt_template", "completion_template"):
             reasons[f"data.{name}"] = f"{c.data.format} rows are rendered by the chat template"

@@ -13,6 +13,7 @@ from qmemtune.data.conversations import Message, check_message
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.examples import Example, ExampleMaker, template
 from qmemtune.data.formats import alpaca_prompt
+from qmemtune.data.mixture import source_configs
 from qmemtune.data.records import RawRow, RowError
 from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.templates import TextParts
@@ -168,7 +169,9 @@ def prompt_parts(config: DataConfig, form: str, prompt: str | Mapping[str, str])
 
 
 def form_of_training_rows(config: DataConfig, look_at: int = 64) -> str:
-    """The form of the training rows, from the first of them if they are at hand, else ``prompt_completion``."""
+    """The form of the training rows (of several sets the first one's), from the first of them if they are at hand, else
+    ``prompt_completion``."""
+    config = next(iter(source_configs(config).values()))
     try:
         if config.path.startswith(GENERATED):
             rows = generated_rows(config.path)[0][:look_at]

@@ -99,6 +99,10 @@ def test_what_does_nothing_is_warned_about(overrides, key):
     assert len(composed.warnings) == 1
 
 
+def test_a_system_prompt_has_its_effect_without_a_chat_template():
+    assert compose([*BASE, "data.chat=never", "data.system=Be brief."]).warnings == []
+
+
 def test_literal_backslash_n_in_a_template_is_warned_about():
     (line,) = compose([*BASE, "data.prompt_template=Q: {q}\\nA: "]).warnings
     assert "not a line break" in line

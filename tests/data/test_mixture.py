@@ -12,6 +12,7 @@ import pytest
 from qmemtune.config.compose import compose, to_yaml
 from qmemtune.config.data import DataConfig, SourceConfig
 from qmemtune.data.prepare import prepare_data
+from qmemtune.data.render import form_of_training_rows
 from qmemtune.data.sources import read_rows
 from qmemtune.errors import UserError
 
@@ -167,3 +168,9 @@ def test_streaming_reads_no_more_than_is_needed(monkeypatch, tokenizer):
     data = prepare_data(config, tokenizer)
     assert (len(data.train), len(data.heldout)) == (50, 6)
     assert len(asked) < 100
+
+
+def test_the_form_of_a_mixture_is_that_of_its_first_set(write_rows):
+    chat = write_rows([{"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}])
+    sources = {"talk": SourceConfig(path=chat), "plain": SourceConfig(path=write_rows(ROWS, "plain.jsonl"))}
+    assert form_of_training_rows(DataConfig(path="???", sources=sources)) == "messages"
