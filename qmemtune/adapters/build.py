@@ -18,7 +18,7 @@ from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 from qmemtune.adapters.queryable.config import BASE_ENCODER
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
 from qmemtune.adapters.queryable.sentence import embedding_dim, folder_digest
-from qmemtune.config.adapters import AdapterConfig, LoraConfig, MethodConfig, QueryableConfig
+from qmemtune.config.adapters import AdapterConfig, LoraConfig, MethodConfig, QueryableConfig, uses_prior
 from qmemtune.errors import Finding, UserError
 
 ALL_LINEAR = "all-linear"
@@ -78,7 +78,7 @@ def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
         )
     assert isinstance(config, QueryableConfig)
     prior_dim = prior_digest = None
-    if (config.instruction_prior or config.instruction_prior_final) and config.prior_encoder != BASE_ENCODER:
+    if uses_prior(config) and config.prior_encoder != BASE_ENCODER:
         encoder = Path(config.prior_encoder).expanduser()
         prior_dim, prior_digest = embedding_dim(encoder), folder_digest(encoder)
     return QueryableMemoryConfig(
