@@ -65,6 +65,9 @@ class TrainerConfig:
     """Stop after so many evaluations without a lower held-out loss."""
     keep_best: bool = False
     """End with the adapter of the evaluation with the lowest held-out loss."""
+    fused_layers: bool = True
+    """On a CPU: adapted layers, RMS norms and gated units in fewer passes over memory, with less kept for the backward
+    pass. The numbers differ in the last bits. No effect on a GPU."""
     num_workers: int = 0
     """Processes that prepare batches beside the training process."""
     deterministic: bool = False

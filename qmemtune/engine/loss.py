@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import shifted_targets
-from qmemtune.models.head import decoder_of, find_transform
+from qmemtune.models.head import Transform, contiguous_input, decoder_of, find_transform, unchanged
 
 CHUNK = 1024
 """Labelled positions whose logits exist at one time."""
+BUFFER_BYTES = 48 * 2**20
+"""Most that the float32 logits of one chunk take behind a plain head: few enough rows to stay near the processor's
+cache, enough to make the products with the head's weight, which is read anew for each chunk, worth it."""
 
 
 LossOf = Callable[[Tensor, Tensor, int], Tensor]
@@ -68,6 +71,78 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return (gradient_ND * grads[0]).to(gradient_ND.dtype), None, None, None
+
+
+class PlainHeadLoss(torch.autograd.Function):
+    """:class:`FrozenHeadLoss` of :func:`cross_entropy` behind a linear head, in buffers that every chunk uses again.
+
+    Logits, their probabilities and the gradient take turns in one buffer, so no chunk needs fresh memory, and a chunk
+    passes from the processor's cache to memory half as often: 800 positions of 49,152 words, one AMX core, 250 ms
+    against 465 ms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        rows = min(len(hidden_ND), max(1, BUFFER_BYTES // (4 * len(weight_VD))))
+        low = hidden_ND.new_empty(rows, len(weight_VD))
+        wide = low if low.dtype == torch.float32 else low.to(torch.float32)
+        gradient_ND = torch.empty_like(hidden_ND)
+        losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+        start = 0
+        for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+            count, end = len(hidden), start + len(hidden)
+            logits, raw, target = wide[:count], low[:count], targets[:, None]
+            if bias_V is None:
+                torch.mm(hidden, weight_VD.t(), out=raw)
+            else:
+                torch.addmm(bias_V, hidden, weight_VD.t(), out=raw)
+            if raw is not logits:
+                logits.copy_(raw)
+            torch.log_softmax(logits, dim=-1, out=logits)
+            losses_N[start:end] = logits.gather(1, target)[:, 0]
+            logits.exp_().scatter_add_(1, target, logits.new_full((count, 1), -1.0))
+            if raw is not logits:
+                raw.copy_(logits)
+            torch.mm(raw, weight_VD, out=gradient_ND[start:end])
+            start = end
+        ctx.save_for_backward(gradient_ND)
+        return -losses_N.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return (gradient_ND * grads[0]).to(gradient_ND.dtype), None, None, None
+
+
+def has_plain_head(head: nn.Module, transform: Transform, hidden: Tensor) -> bool:
+    """Whether logits are one linear product of the head's own, computed in the type of the hidden states."""
+    device = hidden.device.type
+    return (
+        transform is unchanged
+        and type(head) is nn.Linear
+        and "forward" not in head.__dict__
+        and all(hook is contiguous_input for hook in head._forward_pre_hooks.values())
+        and not head._forward_hooks
+        and head.weight.dtype == hidden.dtype
+        and head.weight.device == hidden.device
+        and (not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == hidden.dtype)
+    )
+
+
+def frozen_head_loss(
+    hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, transform: Transform, loss_of: LossOf = cross_entropy
+) -> Tensor:
+    """Sum of the losses at N positions behind a frozen head, fp32 scalar; keeps one gradient (N, D).
+
+    Args:
+        head: output head, (N, D) to (N, V).
+        transform: what the model does to the head's output.
+    """
+    if loss_of is cross_entropy and has_plain_head(head, transform, hidden_ND):
+        plain: Tensor = PlainHeadLoss.apply(hidden_ND, targets_N, head.weight, head.bias)
+        return plain
+    loss: Tensor = FrozenHeadLoss.apply(hidden_ND, targets_N, lambda chunk: transform(head(chunk)), loss_of)
+    return loss
 
 
 class LabelledLoss:
@@ -138,7 +213,7 @@ class LabelledLoss:
             # Keeps the graph whole: a batch without labels must reach every parameter, with gradient zero.
             return hidden.sum().float()
         if torch.is_grad_enabled() and not any(p.requires_grad for p in head.parameters()):
-            return FrozenHeadLoss.apply(hidden, targets[labelled], logits_of, self.loss_of)
+            return frozen_head_loss(hidden, targets[labelled], head, transform, self.loss_of)
         return summed_loss(hidden, targets[labelled], logits_of, self.loss_of)
 
 

@@ -23,6 +23,7 @@ from qmemtune.adapters.queryable.statistics import RouteUse
 from qmemtune.engine.checkpoints import WRITING
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.evaluations import Evaluations
+from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.parts import Parts
 from qmemtune.engine.prior_schedule import PriorSchedule
@@ -92,10 +93,11 @@ class RunTrainer(Trainer):
 
     @contextmanager
     def _fast_kernels(self) -> Iterator[None]:
-        """On a CPU, 4-bit layers and attention over short rows compute in faster ways meanwhile."""
-        chosen = self.parts.config.model.attn_implementation
-        attention = short_rows_on_cpu() if chosen is None else nullcontext()
-        with attention, dequantized_on_cpu(self.model, processes=self.args.world_size) as size:
+        """On a CPU, attention over short rows, 4-bit layers and fused layers compute in faster ways meanwhile."""
+        config = self.parts.config
+        attention = short_rows_on_cpu() if config.model.attn_implementation is None else nullcontext()
+        copies = dequantized_on_cpu(self.model, processes=self.args.world_size)
+        with attention, copies as size, fused_on_cpu(self.model) if config.trainer.fused_layers else nullcontext():
             if size:
                 self.parts.progress.message(
                     f"dequantised copies of the 4-bit weights make training faster and take {size / 1e6:,.0f} MB "

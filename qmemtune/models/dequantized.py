@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ def dequantized_on_cpu(model: nn.Module, *, processes: int = 1) -> Iterator[int]
     if not copies_fit(needed, processes):
         layers, needed = [], 0
     for layer in layers:
-        layer.forward = cached_forward(layer)
+        layer.forward = DequantizedProduct(layer)
     try:
         yield needed
     finally:
@@ -61,8 +61,13 @@ def refuse_copies(model: nn.Module) -> None:
 
 
 def is_swappable(module: nn.Module) -> bool:
-    """A quantised, frozen 4-bit layer on the CPU, in the standard layout, whose forward nobody else has replaced."""
-    if not isinstance(module, bnb.nn.Linear4bit) or "forward" in module.__dict__ or REFUSED in module.__dict__:
+    """A frozen 4-bit layer on the CPU, in the standard layout, whose forward nobody else has replaced."""
+    return REFUSED not in module.__dict__ and "forward" not in module.__dict__ and is_4bit_on_cpu(module)
+
+
+def is_4bit_on_cpu(module: nn.Module) -> bool:
+    """A quantised 4-bit layer on the CPU whose weight is in the standard layout, so that it can be dequantised."""
+    if not isinstance(module, bnb.nn.Linear4bit):
         return False
     weight = module.weight
     state = getattr(weight, "quant_state", None)
@@ -72,21 +77,42 @@ def is_swappable(module: nn.Module) -> bool:
     return shape == (module.out_features, module.in_features)
 
 
-def cached_forward(layer: bnb.nn.Linear4bit) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``Linear4bit.forward``, with the dequantised weight kept per dtype."""
-    weights: dict[torch.dtype, torch.Tensor] = {}
+def dequantized_weight(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight of a layer for which :func:`is_4bit_on_cpu` holds, (out_features, in_features), made anew; None where
+    the layer multiplies inputs of this type in another one."""
+    if layer.compute_type_is_set and layer.compute_dtype not in (None, dtype):
+        return None
+    # Not as an inference tensor, whatever the caller's mode: a backward pass may need it later.
+    with torch.inference_mode(False), torch.no_grad():
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        dtype = compute_dtype(layer, x)
-        if dtype not in weights:
-            packed = layer.weight
-            # Not as inference tensors, whatever the caller's mode: a backward pass may need the copy later.
-            with torch.inference_mode(False), torch.no_grad():
-                weights[dtype] = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(dtype)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x.to(dtype), weights[dtype], bias).to(x.dtype)
 
-    return forward
+class DequantizedProduct:
+    """``Linear4bit.forward``, with the dequantised weight kept per dtype.
+
+    Args:
+        layer: a layer for which :func:`is_swappable` holds.
+    """
+
+    def __init__(self, layer: bnb.nn.Linear4bit) -> None:
+        self.layer = layer
+        self._weights: dict[torch.dtype, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = compute_dtype(self.layer, x)
+        bias = None if self.layer.bias is None else self.layer.bias.to(dtype)
+        weight = self.weight_in(dtype)
+        assert weight is not None
+        return F.linear(x.to(dtype), weight, bias).to(x.dtype)
+
+    def weight_in(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """As :func:`dequantized_weight`, made on first use."""
+        if dtype not in self._weights:
+            weight = dequantized_weight(self.layer, dtype)
+            if weight is None:
+                return None
+            self._weights[dtype] = weight
+        return self._weights[dtype]
 
 
 def compute_dtype(layer: bnb.nn.Linear4bit, x: torch.Tensor) -> torch.dtype:

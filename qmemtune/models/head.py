@@ -13,6 +13,11 @@ Transform = Callable[[Tensor], Tensor]
 """What a model does to its head's output."""
 
 
+def unchanged(logits: Tensor) -> Tensor:
+    """The transform of a model that takes its head's output as it is."""
+    return logits
+
+
 def output_head(lm: nn.Module) -> nn.Module | None:
     """The module that turns hidden states into logits, if the model tells."""
     get = getattr(lm, "get_output_embeddings", None)
@@ -30,10 +35,10 @@ def keep_head_input_contiguous(lm: nn.Module) -> list[RemovableHandle]:
         handles that undo it; none for a model without a head.
     """
     head = output_head(lm)
-    return [] if head is None else [head.register_forward_pre_hook(_contiguous)]
+    return [] if head is None else [head.register_forward_pre_hook(contiguous_input)]
 
 
-def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def contiguous_input(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if args and isinstance(args[0], Tensor) and not args[0].is_contiguous():
         return (args[0].contiguous(), *args[1:])
     return None
@@ -49,7 +54,7 @@ def transform_candidates(lm: nn.Module) -> list[Transform]:
     """What models are known to do to the head's output: nothing, a soft cap (Gemma 2), a factor (Cohere, Granite)."""
     config = getattr(lm, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
-    candidates: list[Transform] = [lambda logits: logits]
+    candidates: list[Transform] = [unchanged]
     cap = getattr(text_config, "final_logit_softcapping", None)
     if cap:
         candidates.append(lambda logits: torch.tanh(logits / cap) * cap)

@@ -173,3 +173,36 @@ def test_the_auxiliary_term_is_taken_after_the_forward_pass():
     with labelled.installed():
         _, term = model(**batch)
     assert term.item() == 0.25
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_head_in_reused_buffers_gives_the_loss_and_gradient_of_the_general_one(
+    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a chunk is smaller than the others, and where a target is all but impossible."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 500, bias=bias, dtype=dtype).requires_grad_(False)
+    head.weight[7] *= 400
+    hidden, targets = torch.randn(23, 32).to(dtype).requires_grad_(), torch.randint(0, 500, (23,))
+    targets[3] = 7
+    assert loss_module.has_plain_head(head, loss_module.unchanged, hidden)
+    general = loss_module.FrozenHeadLoss.apply(hidden, targets, head, loss_module.cross_entropy)
+    (expected,) = torch.autograd.grad(general, hidden)
+    monkeypatch.setattr(loss_module, "BUFFER_BYTES", 4 * 500 * 5)
+    plain = loss_module.frozen_head_loss(hidden, targets, head, loss_module.unchanged)
+    (found,) = torch.autograd.grad(plain, hidden)
+    torch.testing.assert_close(plain, general)
+    torch.testing.assert_close(found, expected, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_a_head_that_is_more_than_one_product_is_computed_as_it_is() -> None:
+    hidden, head = torch.randn(2, 8), torch.nn.Linear(8, 5)
+    assert not loss_module.has_plain_head(head, lambda logits: logits * 2, hidden)
+    assert not loss_module.has_plain_head(head, loss_module.unchanged, hidden.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not loss_module.has_plain_head(head, loss_module.unchanged, hidden)
+    handle = head.register_forward_hook(lambda module, args, output: output * 2)
+    assert not loss_module.has_plain_head(head, loss_module.unchanged, hidden)
+    handle.remove()
+    assert loss_module.has_plain_head(head, loss_module.unchanged, hidden)

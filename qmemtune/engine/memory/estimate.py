@@ -213,6 +213,7 @@ class RunMemory:
             quantised=quantised,
             quantization="none" if has_copies else quantization.kind,
             on_cpu=self.on_cpu and config.model.attn_implementation is None,
+            fused=self.on_cpu and config.trainer.fused_layers,
             unit=config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
         )
         self._made: Tracer | None = None

@@ -10,7 +10,7 @@ Letters: B rows, T tokens, D model width, N labelled positions.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qmemtune.engine.loss import FrozenHeadLoss, cross_entropy
+from qmemtune.engine.fused import fused_on_cpu
+from qmemtune.engine.loss import frozen_head_loss
 from qmemtune.models.attention import short_rows_on_cpu
 from qmemtune.models.hardware import autocast
 from qmemtune.models.head import decoder_of, transform_candidates
@@ -136,6 +137,7 @@ class Tracer:
         quantised: the layers that are quantised.
         quantization: how; ``none`` where products are computed with whole weights (copies on a CPU, too).
         on_cpu: whether the run is on a CPU, where short rows have an attention of their own.
+        fused: whether layers run in their fused forms.
         unit: decoder layers that are alike only together (a block of a memory).
     """
 
@@ -147,14 +149,15 @@ class Tracer:
         quantised: list[nn.Linear],
         quantization: str,
         on_cpu: bool,
+        fused: bool = False,
         unit: int = 1,
     ) -> None:
-        self.model, self.dtype, self.on_cpu, self.unit = model, dtype, on_cpu, unit
+        self.model, self.dtype, self.on_cpu, self.fused, self.unit = model, dtype, on_cpu, fused, unit
         self.mode = FakeTensorMode()
         self.lm = model.get_base_model()
         if quantization in STAND_INS:
             for layer in quantised:
-                layer.__dict__["forward"] = _stand_in(layer, STAND_INS[quantization], dtype)
+                layer.__dict__["forward"] = _StandIn(layer, STAND_INS[quantization], dtype)
         self._fill()
         self.model.train()
 
@@ -208,7 +211,8 @@ class Tracer:
         decoder, head = decoder_of(self.lm), self.lm.get_output_embeddings()
         transform = transform_candidates(self.lm)[-1]
         attention = short_rows_on_cpu() if self.on_cpu else nullcontext()
-        with self.mode, attention, self._checkpointed(checkpointing):
+        fused = fused_on_cpu(self.model) if self.fused else nullcontext()
+        with self.mode, attention, fused, self._checkpointed(checkpointing):
             # Every row as long as the longest, with a mask: what a batch takes at most.
             ids = torch.empty((rows, tokens), dtype=torch.long)
             mask = torch.empty((rows, 1, tokens, tokens), dtype=torch.bool)
@@ -221,9 +225,7 @@ class Tracer:
                         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)[0]
                         activations, in_heap, forward = counter.live, counter.live_in_heap, counter.take_peak()
                         chosen = hidden.flatten(0, 1)[:labelled]
-                        total = FrozenHeadLoss.apply(
-                            chosen, targets, lambda chunk: transform(head(chunk)), cross_entropy
-                        )
+                        total = frozen_head_loss(chosen, targets, head, transform)
                     loss = counter.take_peak()
                     del hidden, chosen
                     total.backward()
@@ -253,12 +255,19 @@ class Tracer:
             getattr(self.lm, f"{prefix}_disable")()
 
 
-def _stand_in(layer: nn.Linear, product: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        result: Tensor = product.apply(x.to(dtype), layer.weight).to(x.dtype)
-        return result if layer.bias is None else result + layer.bias
+class _StandIn:
+    """Stands in the place of a quantised layer's forward."""
 
-    return forward
+    def __init__(self, layer: nn.Linear, product: type[torch.autograd.Function], dtype: torch.dtype) -> None:
+        self.layer, self.product, self.dtype = layer, product, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = self.product.apply(x.to(self.dtype), self.layer.weight).to(x.dtype)
+        return result if self.layer.bias is None else result + self.layer.bias
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The weight of a 4-bit layer, made anew; None for other layers, which have no fused form."""
+        return torch.empty_like(self.layer.weight, dtype=dtype) if self.product is _Dequantized4Bit else None
 
 
 def _decoder_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -1,0 +1,218 @@
+"""Layers in their fused forms: the numbers and gradients of the plain ones, for every base and adapter they serve."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from qmemtune.adapters.queryable import QueryableMemoryConfig
+from qmemtune.engine.fused import fused_on_cpu, low_rank
+from qmemtune.engine.fused.mlp import gated_forward
+from qmemtune.engine.fused.norm import norm_forward
+from qmemtune.models.bitsandbytes import keep_4bit_trainable
+from qmemtune.models.dequantized import dequantized_on_cpu
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+BASES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SMALL),
+    "llama_bias": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "gemma2": Gemma2Config(**SMALL, head_dim=16),
+    "gpt2": GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
+
+
+def adapted(name: str, kind: str, base: nn.Module | None = None, **options: object) -> PeftModel:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(BASES[name]) if base is None else base
+    for module in base.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            nn.init.normal_(module.weight, 1.0, 0.2)
+    common = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    config = (
+        LoraConfig(**common) if kind == "lora" else QueryableMemoryConfig(**common, block_size=1, init_core_std=0.3)
+    )
+    model = get_peft_model(base, config)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name or "queryable_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, 96, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def numbers(model: PeftModel, *, fuse: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of one pass."""
+    model.zero_grad()
+    autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+    with fused_on_cpu(model) if fuse else nullcontext():
+        with autocast:
+            logits = model(**batch(), use_cache=False).logits.float()
+        logits[batch()["attention_mask"].bool()].log_softmax(-1)[:, 7].mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def close(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], rtol: float) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=rtol, atol=rtol)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= rtol * gradient.norm() + 1e-9, name
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each pass through a fused adapted layer."""
+    seen: list[str] = []
+    real = low_rank._BaseAndState.apply
+    monkeypatch.setattr(low_rank._BaseAndState, "apply", lambda *args: (seen.append("low_rank"), real(*args))[1])
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["lora", "queryable"])
+@pytest.mark.parametrize("name", BASES)
+def test_numbers_and_gradients_of_the_plain_layers(calls: list[str], name: str, kind: str) -> None:
+    model = adapted(name, kind)
+    expected = numbers(model, fuse=False)
+    assert not calls
+    close(numbers(model, fuse=True), expected, rtol=2e-5)
+    # GPT-2's layers are transformers' Conv1D, which are left as they are.
+    assert bool(calls) == (name != "gpt2")
+
+
+@pytest.mark.parametrize("kind", ["lora", "queryable"])
+def test_rounding_in_bfloat16_is_no_worse_than_that_of_the_plain_layers(kind: str) -> None:
+    model = adapted("llama", kind)
+    exact = numbers(model, fuse=False)[1]
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+    def distance(fuse: bool) -> float:
+        found = numbers(model, fuse=fuse, dtype=torch.bfloat16)[1]
+        return sum(((found[n] - g).norm() / g.norm()).item() for n, g in exact.items()) / len(exact)
+
+    assert distance(fuse=True) <= 1.15 * distance(fuse=False)
+
+
+@pytest.mark.parametrize("kind", ["lora", "queryable"])
+def test_four_bit_bases_through_their_dequantised_copies(calls: list[str], kind: str) -> None:
+    torch.manual_seed(0)
+    base = quantised(AutoModelForCausalLM.from_config(BASES["llama"]))
+    keep_4bit_trainable(base)
+    model = adapted("llama", kind, base.requires_grad_(False))
+    with dequantized_on_cpu(model):
+        expected = numbers(model, fuse=False)
+        close(numbers(model, fuse=True), expected, rtol=2e-5)
+        found = numbers(model, fuse=True)
+    assert calls
+    # Whether there is room for copies is another thing from run to run: the numbers must not be.
+    without = numbers(model, fuse=True)
+    assert torch.equal(found[0], without[0])
+    assert all(torch.equal(found[1][name], without[1][name]) for name in without[1])
+
+
+def quantised(base: nn.Module) -> nn.Module:
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            parent = base.get_submodule(name.rpartition(".")[0])
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+            )
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            setattr(parent, name.rpartition(".")[2], layer.to("cpu"))
+    return base
+
+
+@pytest.mark.parametrize("kind", ["lora", "queryable"])
+def test_gradient_checkpointing(kind: str) -> None:
+    model = adapted("llama", kind)
+    expected = numbers(model, fuse=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    close(numbers(model, fuse=True), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "queryable"])
+def test_dropout_switched_off_and_second_adapters_run_as_they_did(calls: list[str], kind: str) -> None:
+    option = "lora_dropout" if kind == "lora" else "dropout"
+    model = adapted("llama", kind, **{option: 0.3})
+    torch.manual_seed(3)
+    expected = numbers(model, fuse=False)
+    torch.manual_seed(3)
+    close(numbers(model, fuse=True), expected, rtol=2e-5)
+    assert not calls, "an input that is dropped is not the base's"
+    model.eval()
+    with model.disable_adapter():
+        expected_off = model(**batch(), use_cache=False).logits
+        with fused_on_cpu(model):
+            off = model(**batch(), use_cache=False).logits
+    torch.testing.assert_close(off, expected_off)
+    assert not calls
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    model.eval()
+    close(numbers(model, fuse=True), numbers(model, fuse=False), rtol=2e-5)
+
+
+def test_dora_runs_as_it_did(calls: list[str]) -> None:
+    model = adapted("llama", "lora", use_dora=True)
+    close(numbers(model, fuse=True), numbers(model, fuse=False), rtol=2e-5)
+    assert not calls
+
+
+def test_without_gradients_and_afterwards_layers_are_what_they_were() -> None:
+    model = adapted("llama", "lora")
+    plain = {name: module.forward for name, module in model.named_modules() if "forward" in module.__dict__}
+    with torch.no_grad():
+        expected = model(**batch(), use_cache=False).logits
+        with fused_on_cpu(model):
+            assert any("forward" in module.__dict__ for module in model.modules())
+            with fused_on_cpu(model):
+                found = model(**batch(), use_cache=False).logits
+    assert torch.equal(found, expected)
+    assert {n: m.forward for n, m in model.named_modules() if "forward" in m.__dict__} == plain
+
+
+def test_only_norms_that_compute_the_same_are_replaced() -> None:
+    """Gemma's adds one to the weight; a trained one needs a gradient of its weight."""
+    gemma = AutoModelForCausalLM.from_config(BASES["gemma2"]).requires_grad_(False)
+    llama = AutoModelForCausalLM.from_config(BASES["llama"]).requires_grad_(False)
+    assert norm_forward(llama.model.norm) is not None
+    assert norm_forward(gemma.model.norm) is None
+    assert norm_forward(nn.LayerNorm(8).requires_grad_(False)) is None
+    llama.model.norm.weight.requires_grad_(True)
+    assert norm_forward(llama.model.norm) is None
+
+
+def test_only_gated_units_with_silu_are_replaced() -> None:
+    gemma = AutoModelForCausalLM.from_config(BASES["gemma2"])
+    llama = AutoModelForCausalLM.from_config(BASES["llama"])
+    assert gated_forward(llama.model.layers[0].mlp) is not None
+    assert gated_forward(gemma.model.layers[0].mlp) is None
