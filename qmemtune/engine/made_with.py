@@ -1,4 +1,4 @@
-"""What a checkpoint was made with (config, rows, versions, machine), and what is another since."""
+"""What a checkpoint was made with (config, base, rows, versions, machine), and what is another since."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qmemtune.engine.environment import PACKAGES, processor_name, version_of
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.steps import StepCount
 from qmemtune.errors import Finding, UserError
+from qmemtune.models.fingerprint import base_digests
 from qmemtune.rundir import read_json
 
 FILE = "made_with.json"
@@ -37,6 +38,9 @@ DECIDING = ("evaluation.every_steps", "evaluation.max_rows")
 """Keys that decide what a run ends with, where it keeps the best adapter or stops early."""
 COMPUTE = ("qmemtune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
 """Packages whose other versions may compute other numbers."""
+
+
+MACHINE = {"device": "the device", "processor": "the processor", "threads": "the number of threads"}
 
 
 class ChangedRun(UserError):
@@ -72,6 +76,7 @@ def made_with(
         "rows": {"training rows": rows_digest(train), "held-out rows": rows_digest(heldout)},
         # Size and time of the last change tell which file it was; the rows' digests tell whether it matters.
         "files": {path: list(state[:2]) for path, state in files.items() if state is not None},
+        "base": digests_of_base(config),
         "steps": steps.total,
         "versions": {name: version_of(name) for name in PACKAGES},
         "dtype": str(dtype).removeprefix("torch."),
@@ -81,6 +86,14 @@ def made_with(
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def digests_of_base(config: Config) -> dict[str, str]:
+    """See :func:`base_digests`; none for a base that is not the config's but a caller's own."""
+    try:
+        return base_digests(config.model)
+    except UserError:
+        return {}
 
 
 def save(facts: dict[str, Any], folder: Path) -> None:
@@ -99,13 +112,14 @@ def changes_since(checkpoint: Checkpoint, now: dict[str, Any], config: Config) -
     if FILE not in checkpoint.files:
         return None
     then = read_json(checkpoint.path / FILE)
-    found = [*rows_changes(then, now), *config_changes(then, now, config), *package_changes(then, now, config)]
+    found = [*rows_changes(then, now), *base_changes(then, now, config)]
+    found += [*config_changes(then, now, config), *package_changes(then, now, config)]
     if then["dtype"] != now["dtype"]:
         found.append(Change(f"the arithmetic was in {then['dtype']} and is in {now['dtype']}", True))
     for name, value in now["machine"].items():
         if then["machine"].get(name) != value:
-            words = f"{name} was {then['machine'].get(name)} and is {value} (numbers may differ in their last bits)"
-            found.append(Change(words, breaks=name == "device"))
+            words = f"{MACHINE[name]} was {then['machine'].get(name)} and is {value}"
+            found.append(Change(f"{words} (the result may differ in its last bits)", breaks=name == "device"))
     return sorted(found, key=lambda change: not change.breaks)
 
 
@@ -125,6 +139,20 @@ def rows_changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
             size = f"had {before[0]:,} bytes and has {after[0]:,}" if before[0] != after[0] else "was written again"
             found.append(Change(f"the data file {path} {size}", True))
     return found
+
+
+def base_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[Change]:
+    """A base that is another one under its old name; checkpoints of earlier versions do not know theirs."""
+    before, after, found = then.get("base", {}), now["base"], []
+    for name in before.keys() & after.keys():
+        if before[name] != after[name]:
+            words = {
+                "config": f"the config of the base model {config.model.path} is another",
+                "weights": f"the weights of the base model {config.model.path} are others",
+                "commit": f"the base model {config.model.path} was of commit {before[name]} and is of {after[name]}",
+            }
+            found.append(Change(words[name], True))
+    return sorted(found, key=lambda change: change.words)
 
 
 def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[Change]:

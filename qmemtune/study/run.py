@@ -20,6 +20,7 @@ from qmemtune.engine.interrupt import Interrupted, listening
 from qmemtune.engine.plan import adapter_facts
 from qmemtune.engine.shared import Loads
 from qmemtune.errors import RunFailed
+from qmemtune.quiet import as_here, like_parent
 from qmemtune.study.analysis import analyse
 from qmemtune.study.cell import run_cell
 from qmemtune.study.cells import Cell, Plan, make_plan
@@ -124,7 +125,7 @@ def run_side_by_side(cells: Sequence[Cell], folder: StudyDir, jobs: int, told: T
     # Read by a process's libraries when they are loaded, before any code of ours runs there.
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(min(jobs, len(cells)), get_context("spawn"), initializer=start_worker)
+    pool = worker_pool(min(jobs, len(cells)))
     waiting: set[Future[dict[str, Any]]] = set()
     try:
         with listening() as stop:
@@ -152,6 +153,11 @@ def run_side_by_side(cells: Sequence[Cell], folder: StudyDir, jobs: int, told: T
             os.environ["OMP_NUM_THREADS"] = threads
 
 
+def worker_pool(count: int) -> ProcessPoolExecutor:
+    """Processes that run cells, with libraries as silent as they are here."""
+    return ProcessPoolExecutor(count, get_context("spawn"), initializer=start_worker, initargs=(as_here(),))
+
+
 def stop_workers(pool: ProcessPoolExecutor) -> None:
     """Ask the processes to save a checkpoint and end their cells."""
     for process in list((getattr(pool, "_processes", None) or {}).values()):
@@ -163,8 +169,13 @@ LOADS = Loads(keep=True)
 """Of a worker process."""
 
 
-def start_worker() -> None:
-    """Set up a worker process."""
+def start_worker(silenced: bool) -> None:
+    """Set up a worker process.
+
+    Args:
+        silenced: whether libraries are in the process that started it.
+    """
+    like_parent(silenced)
     torch.set_num_threads(1)
     # A terminal's Ctrl-C goes to the whole group: here it comes once, from the process that started the study.
     os.setsid()

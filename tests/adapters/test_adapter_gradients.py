@@ -82,8 +82,10 @@ def test_checkpointing_keeps_the_gradients(family, name):
 def test_checkpointing_every_nth_layer_keeps_the_gradients(llama, variant, every):
     """The layer that forms a block's route and those that use it need not both be checkpointed."""
     model, ids = llama.adapted(**variant).train(), llama.tokens(3, 9)
-    expected = step(llama, model, ids)
     base = model.base_model.model
+    if not hasattr(base, "activation_checkpointing_enable"):
+        pytest.skip("this version of transformers checkpoints every layer or none")
+    expected = step(llama, model, ids)
     base.activation_checkpointing_enable(CHECKPOINTED, every_n_layers=every)
     same(step(llama, model, ids), expected)
     base.activation_checkpointing_disable()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qmemtune.engine import made_with
 from qmemtune.engine.made_with import ChangedRun
@@ -103,6 +105,69 @@ def test_a_changed_data_file_is_named(halfway, kept, tmp_path):
         rows.write_text(before)
     # The same rows, written again.
     assert halfway() == []
+
+
+@pytest.fixture
+def own_base(tiny_llama_dir, tmp_path):
+    """A copy of the tiny model that a test may change."""
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "base"))
+
+
+def stopped_on(base, composed, tmp_path):
+    """Stops a run of 4 steps after 2; gives what plans to go on from there."""
+    options = (*LONG, f"model.path={base}")
+    train(composed(*options), until=2)
+
+    def go_on(*overrides):
+        found = plan(composed(*options, f"run_dir={tmp_path / 'run'}", "resume=auto", *overrides))
+        return [line for line in found["warnings"] if "since checkpoint-2" in line]
+
+    return go_on
+
+
+def test_a_base_whose_weights_change_in_place_is_named(composed, own_base, tmp_path):
+    go_on, file = stopped_on(own_base, composed, tmp_path), own_base / "model.safetensors"
+    tensors = load_file(file)
+    # Written again, and with the same values: nothing to say.
+    save_file(tensors, file, {"format": "pt"})
+    assert go_on() == []
+    tensors["model.norm.weight"][3] += 0.5
+    save_file(tensors, file, {"format": "pt"})
+    words = f"the weights of the base model {own_base} are others"
+    with pytest.raises(ChangedRun, match=re.escape(words)) as error:
+        go_on()
+    assert "resume.allow_changes=true" in str(error.value)
+    assert go_on("resume.allow_changes=true") == [
+        f"warning: since checkpoint-2 {words}: the run ends otherwise than it would have"
+    ]
+    train(composed(*LONG, f"model.path={own_base}", "resume=auto", "resume.allow_changes=true"))
+
+
+def test_a_base_whose_config_changes_in_place_is_named(composed, own_base, tmp_path):
+    go_on, file = stopped_on(own_base, composed, tmp_path), own_base / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "transformers_version": "9.9"}))
+    assert go_on() == []
+    file.write_text(json.dumps({**config, "rms_norm_eps": 0.01}))
+    with pytest.raises(ChangedRun, match=re.escape(f"the config of the base model {own_base} is another")):
+        go_on()
+
+
+def test_a_checkpoint_that_does_not_know_its_base_goes_on(halfway, monkeypatch):
+    real = made_with.read_json
+    monkeypatch.setattr(
+        made_with, "read_json", lambda file: {name: value for name, value in real(file).items() if name != "base"}
+    )
+    assert halfway() == []
+
+
+def test_another_number_of_threads_is_only_said(halfway, monkeypatch):
+    threads = made_with.torch.get_num_threads()
+    monkeypatch.setattr(made_with.torch, "get_num_threads", lambda: threads + 3)
+    assert halfway() == [
+        f"since checkpoint-2 the number of threads was {threads} and is {threads + 3} "
+        "(the result may differ in its last bits)"
+    ]
 
 
 def test_another_version_is_named(halfway, monkeypatch):

@@ -70,7 +70,9 @@ def test_wheel_carries_the_versions_that_are_tested(wheel, qmemtune, tmp_path):
     (packed,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/constraints.txt")]
     assert zipfile.ZipFile(wheel).read(packed) == (ROOT / "constraints.txt").read_bytes()
     checks = json.loads(qmemtune(tmp_path, "doctor", "--json"))["checks"]
-    assert "transformers" in next(check["found"] for check in checks if check["name"] == "packages")
+    # Beside the tested version, installed versions are well or worth a note.
+    named = {check["name"]: check["found"] for check in checks}
+    assert "transformers" in named["packages"] or "tested with" in named["transformers"]
 
 
 def test_wheel_adds_nothing_beside_the_package(wheel):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 
 import pytest
 import torch
 
+from qmemtune import quiet
 from qmemtune.cli.app import main
 from qmemtune.engine.shared import Loads
 from qmemtune.engine.trainer import RunTrainer
 from qmemtune.rundir import read_json
 from qmemtune.study import cell as cells_run
 from qmemtune.study.readme import BEGIN, END, section, update
+from qmemtune.study.run import worker_pool
 from qmemtune.study.tables import markdown
 
 SMALL = [
@@ -110,6 +114,18 @@ def test_processes_side_by_side_find_the_same(done, tmp_path):
     assert numbers[0].keys() == numbers[1].keys()
     for digest, metrics in numbers[0].items():
         assert metrics["loss"] == pytest.approx(numbers[1][digest]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("silenced", [True, False])
+def test_processes_are_as_silent_as_the_one_that_starts_them(silenced, monkeypatch, capfd):
+    monkeypatch.setattr(quiet, "_silenced", silenced)
+    with worker_pool(1) as pool:
+        warning = ("it is deprecated", FutureWarning, "modeling_utils.py", 1, "transformers.modeling_utils")
+        pool.submit(warnings.warn_explicit, *warning).result()
+        pool.submit(logging.getLogger("bitsandbytes.backends.cpu.ops").warning, "no module named kernels").result()
+    told = capfd.readouterr().err
+    assert ("it is deprecated" in told) != silenced
+    assert ("no module named kernels" in told) != silenced
 
 
 def test_a_diverged_run_counts_as_its_base(tmp_path):

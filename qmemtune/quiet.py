@@ -1,4 +1,8 @@
-"""Silence what libraries print, by their own switches. Call before they are imported; --debug leaves them be."""
+"""Silence what libraries print, by their own switches. Call before they are imported; --debug leaves them be.
+
+A process that is started anew has its parent's environment, but neither its filters of warnings nor its levels of logs:
+give it :func:`as_here`'s answer, and let it call :func:`like_parent`.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,15 @@ LIBRARIES = (
 )
 
 
+_silenced = False
+
+
 def silence(*, debug: bool, quiet: bool) -> None:
     """Errors only from libraries; download bars only on a terminal."""
     # One process tokenises at a time here; the library would warn about every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    global _silenced
+    _silenced = not debug
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -42,6 +51,23 @@ def silence(*, debug: bool, quiet: bool) -> None:
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\..*)?$")
+
+
+def as_here() -> bool:
+    """Whether libraries are silenced in this process."""
+    return _silenced
+
+
+def like_parent(silenced: bool) -> None:
+    """Silence libraries in a new process if they are in the one that started it; they may be imported already.
+
+    Args:
+        silenced: :func:`as_here` there.
+    """
+    if silenced:
+        # Where a terminal may show bars of downloads has been settled in the environment.
+        silence(debug=False, quiet=False)
+        hide_loading_bars()
 
 
 def hide_loading_bars() -> None:
