@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments, standalone_mode=False, prog_name="qmemtune")
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            # Typer makes this exit code of Ctrl-C, without a word.
+            print("interrupted", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         return _reader_is_gone()
