@@ -40,7 +40,7 @@ def open_run(config: Config, *, make: bool = False) -> Opened:
         UserError: the folder holds another run or is in use, or there is nothing to resume from.
     """
     if config.run_dir is not None:
-        check_format(Path(config.run_dir), "run folder", RUN_FORMAT)
+        check_format(RunDir(Path(config.run_dir)).path, "run folder", RUN_FORMAT)
     opened = choose(config, make)
     refuse_if_in_use(opened.run)
     return opened
@@ -52,7 +52,7 @@ def choose(config: Config, make: bool) -> Opened:
         return Opened(new_folder(config, make), None, [])
     if config.resume.path == "auto":
         return newest(config)
-    checkpoint = checked(Path(config.resume.path))
+    checkpoint = checked(Path(config.resume.path).expanduser())
     # A checkpoint lies in <run>/checkpoints/.
     run = RunDir(Path(config.run_dir) if config.run_dir else checkpoint.path.absolute().parent.parent)
     if not config.run_dir and not run.config.is_file():
@@ -109,7 +109,7 @@ def run_dtype(config: Config, device: torch.device) -> torch.dtype:
     setting: str = config.model.compute_dtype
     path = config.resume.path
     if setting == "auto" and path is not None:
-        begun = Path(config.run_dir or "") if path == "auto" else Path(path).absolute().parent.parent
+        begun = Path(config.run_dir or "") if path == "auto" else Path(path).expanduser().absolute().parent.parent
         setting = recorded_dtype(RunDir(begun)) or setting
     return compute_dtype(setting, device)
 

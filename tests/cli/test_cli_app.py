@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,15 @@ def test_failures_have_their_exit_code_and_one_line(run, module, error, code, li
     assert "Traceback" not in result.err
 
 
+def test_an_interrupted_verb_says_so(run, module):
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    module("qmemtune.engine.run", train=stop)
+    result = run("train", "recipe=quickstart")
+    assert (result.code, result.err.splitlines()[-1]) == (130, "interrupted")
+
+
 def test_a_failures_own_exit_code_counts(run, module):
     error = RunFailed("stopped at step 3; the checkpoint is saved")
     error.exit_code = 130
@@ -234,7 +244,7 @@ def test_verbs_of_a_run_say_when_there_is_none(run, verb, monkeypatch):
     assert "there is no finished run here" in run(verb).err
     result = run(verb, "run_dir=nowhere")
     assert result.code == 2
-    assert "nowhere: not a run folder" in result.err
+    assert "nowhere: there is no such folder" in result.err
 
 
 def metrics(loss: float, match: float):
@@ -350,3 +360,28 @@ def test_exit_code_reaches_the_shell():
     done = subprocess.run([*START, "config", "seed=x", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["where"] == "seed=x"
+
+
+@pytest.mark.parametrize("verb", ["eval", "merge-export", "generate", "inspect", "resume-check"])
+def test_verbs_of_a_run_take_its_folder_as_it_stands(run, module, finished_run, verb):
+    """A run that does not exist is refused by name, and no other run is taken in its place."""
+    stdin = ["--prompt", "hi"] if verb == "generate" else []
+    result = run(verb, "runs/quickstart/nope", *stdin)
+    assert result.code == 2
+    assert result.err.startswith("error: runs/quickstart/nope: there is no such folder (seen from ")
+    result = run(verb, "runs/quickstart", *stdin)
+    assert "name one run: the newest in there is runs/quickstart/20260101-000000" in result.err
+    (finished_run / "format.json").write_text('{"format": 2}')
+    (finished_run / "adapter").mkdir()
+    result = run(verb, str(finished_run / "adapter"), *stdin)
+    assert "did you mean runs/quickstart/20260101-000000, the run that it lies in?" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_an_exported_folder_may_stand_bare(tmp_path):
+    from qmemtune.cli.target import split_export, with_folder
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "qmemtune.json").write_text("{}")
+    assert split_export(with_folder(["out", "model.path=base"])) == (Path("out"), ["model.path=base"])
+    assert with_folder(["runs/a", "data.max_eval_rows=3"]) == ["run_dir=runs/a", "data.max_eval_rows=3"]
