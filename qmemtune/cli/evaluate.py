@@ -49,6 +49,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
 
     run, composed = load_target(overrides, out)
     config = composed.config
+    out.working("loading the run's model")
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.engine.restore import load_run
     from qmemtune.evaluation.forward import one_for_all
@@ -76,6 +77,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
 
 
 def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output, instruction: str | None) -> dict[str, Any]:
+    out.working("loading the exported model")
     from qmemtune.cli.display import RowCounter
     from qmemtune.export.evaluation import evaluate_exported, open_exported
 
@@ -100,6 +102,7 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
             where=config.model.path,
             fix="evaluate its run with run_dir=, or export it with export.format=merged",
         )
+    out.working("loading the model")
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.evaluation.verb import by_itself, measure
     from qmemtune.models.hardware import compute_dtype, pick_device

@@ -61,6 +61,7 @@ def generate(
         chat = prompt is None and file is None and sys.stdin.isatty()
         rows = [] if chat else list(_prompts(prompt, file))
         run, composed = load_target(rest, out, needs_data=False)
+        out.working("loading the run's model")
         from qmemtune.engine.restore import load_run
 
         out.libraries_are_loaded()

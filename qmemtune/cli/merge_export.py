@@ -43,6 +43,7 @@ def merge_export(
             planned = plan_export(run, composed.config)
             out.result(planned, lambda console: _show_plan(console, planned))
             return
+        out.working("loading the run")
         from qmemtune.export import export_run
 
         out.libraries_are_loaded()

@@ -186,6 +186,19 @@ def test_train_prints_a_summary_and_warnings_apart(run, module):
     assert "warning: data.split=x: data.split has no effect" in result.err
 
 
+def test_a_verb_speaks_before_it_loads(run, module):
+    """Libraries alone take seconds to load: a terminal that stays empty looks like a verb that hangs."""
+    said = []
+
+    def training(*_args, **_options):
+        said.append(sys.stderr.getvalue())
+        return SUMMARY
+
+    module("qmemtune.engine.run", train=training)
+    run("train", "recipe=quickstart")
+    assert said[0].splitlines() == ["checking the run: rows, model, memory ..."]
+
+
 def test_quiet_leaves_the_result_only(run, module):
     module("qmemtune.engine.run", train=chatty_train)
     result = run("train", "recipe=quickstart", "data.split=x", "--quiet")
