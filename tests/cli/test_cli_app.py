@@ -85,6 +85,25 @@ def test_key_given_as_an_option_is_explained(run):
     assert "trainer.max_steps=" in result.err
 
 
+@pytest.mark.parametrize(
+    ("option", "fix"),
+    [
+        ("--model_name_or_path", "options of the config are written model.path=..."),
+        ("--load-in-4bit", "options of the config are written quantization=nf4"),
+        ("--config", "a config file is written recipe=FILE"),
+    ],
+)
+def test_options_of_other_tools_are_answered_with_ours(run, option, fix):
+    result = run("train", option, "x")
+    assert (result.code, result.err) == (2, f"error: No such option: {option} -> {fix}\n")
+
+
+def test_an_estimate_without_a_model_asks_for_one(run):
+    result = run("estimate")
+    assert result.code == 2
+    assert "error: model.path must be given -> give model.path=..." in result.err
+
+
 def test_every_mistake_is_one_line_without_a_traceback(run):
     result = run("config", "recipe=quickstart", "trainer.max_stps=5", "quantization=nf5")
     assert (result.code, result.out) == (2, "")
@@ -326,6 +345,14 @@ def test_why_names_the_source_and_what_it_replaced(run):
     columns = json.loads(run("config", "recipe=smollm2_gsm8k", "--why", "data.columns.prompt", "--json").out)
     assert columns["value"] == "question"
     assert "did you mean trainer.max_steps?" in run("config", "--why", "max_steps").err
+
+
+def test_why_of_a_section_names_the_source_of_each_key(run):
+    result = run("config", "recipe=quickstart", "optimizer.eps=1e-6", "--why", "optimizer")
+    lines = result.out.splitlines()
+    assert "optimizer.eps = 1e-06  (optimizer.eps=1e-6)" in lines
+    assert lines[-1].endswith("(default (schema))")
+    assert {line.partition(".")[0] for line in lines} == {"optimizer"}
 
 
 def test_recipes_lists_the_tools_and_the_users(run, tmp_path):
