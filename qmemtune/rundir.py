@@ -27,6 +27,10 @@ class RunDir:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        # No shell replaces a tilde in a recipe, and not every one does after a sign of equality.
+        object.__setattr__(self, "path", self.path.expanduser())
+
     @property
     def config(self) -> Path:
         """The resolved config, YAML."""
@@ -159,23 +163,43 @@ def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:
     if path is not None:
         run = RunDir(Path(path).expanduser())
         if not run.config.is_file():
-            raise UserError(
-                "not a run folder: it holds no config.yaml",
-                where=str(path),
-                fix="give the folder that `qmemtune train` printed, such as runs/quickstart/<timestamp>",
-            )
+            raise _no_run(Path(path))
         check_format(run.path, "run folder", RUN_FORMAT)
         return run
-    found = [summary for summary in root.glob("**/summary.json") if (summary.parent / "config.yaml").is_file()]
-    if not found:
+    newest = newest_run(root)
+    if newest is None:
         raise UserError(
             "there is no finished run here",
             where=str(root.absolute()),
             fix="train one with `qmemtune train recipe=quickstart`, or name a run folder with run_dir=",
         )
-    newest = max(found, key=lambda p: p.stat().st_mtime_ns).parent
     check_format(newest, "run folder", RUN_FORMAT)
     return RunDir(newest)
+
+
+def newest_run(root: Path) -> Path | None:
+    """The folder of the run under ``root`` that finished last."""
+    found = [summary for summary in root.glob("**/summary.json") if (summary.parent / "config.yaml").is_file()]
+    return max(found, key=lambda p: p.stat().st_mtime_ns).parent if found else None
+
+
+def _no_run(path: Path) -> UserError:
+    """What stands at ``path`` instead of a run, and which run may be meant."""
+    fix = "give the folder that `qmemtune train` printed, such as runs/quickstart/<timestamp>"
+    if not path.expanduser().exists():
+        return UserError(f"there is no such folder (seen from {Path.cwd()})", where=str(path), fix=fix)
+    around = [folder for folder in path.absolute().parents if (folder / "config.yaml").is_file()]
+    inside = newest_run(path) if path.is_dir() else None
+    if around and (around[0] / FORMAT_FILE).is_file():
+        fix = f"did you mean {_from_here(around[0])}, the run that it lies in?"
+    elif inside is not None:
+        fix = f"name one run: the newest in there is {inside}"
+    return UserError("not a run folder: it holds no config.yaml", where=str(path), fix=fix)
+
+
+def _from_here(path: Path) -> Path:
+    """A path as it is shorter to write."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def write_format(folder: Path, number: int) -> None:

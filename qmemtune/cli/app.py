@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments, standalone_mode=False, prog_name="qmemtune")
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            # Typer makes this exit code of Ctrl-C, without a word.
+            print("interrupted", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         return _reader_is_gone()
@@ -115,11 +118,15 @@ def _usage_mistake(error: Exception) -> UserError | None:
 
 def _meant_key(error: Exception) -> str | None:
     """``--max_steps`` is no option, but the key trainer.max_steps is close."""
+    from qmemtune.config.familiar import familiar
     from qmemtune.config.fields import fields_of, nearest
 
     name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-    close = nearest(name, list(fields_of("queryable"))) if name else []
-    return f"options of the config are written {close[0]}=..." if close else None
+    if name in ("c", "config", "config_file", "recipe"):
+        return "a config file is written recipe=FILE"
+    meant = familiar(name) if name else None
+    close = [meant] if meant else nearest(name, list(fields_of("queryable"))) if name else []
+    return f"options of the config are written {close[0]}{'' if '=' in close[0] else '=...'}" if close else None
 
 
 def _reader_is_gone() -> int:

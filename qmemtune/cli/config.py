@@ -32,6 +32,12 @@ def config(
         out.warn(composed.warnings)
         out.warn([f"{key} must still be given" for key in composed.missing])
         if why is not None:
+            from qmemtune.config.fields import sections
+
+            if why in sections():
+                section = _explain_section(composed, why)
+                out.result(section, lambda console: _show_section(console, section))
+                return
             explained = _explain(composed, why)
             out.result(explained, lambda console: _show_why(console, explained))
         else:
@@ -43,6 +49,7 @@ def _explain(composed: Composed, key: str) -> dict[str, Any]:
     """``key``, ``value``, ``source``, ``help`` and ``history``: what it was set to, first to last."""
     from qmemtune.config.adapters import ADAPTERS
     from qmemtune.config.compose import to_dict
+    from qmemtune.config.familiar import familiar
     from qmemtune.config.fields import field_for, fields_of, nearest
     from qmemtune.errors import UserError
 
@@ -50,7 +57,8 @@ def _explain(composed: Composed, key: str) -> dict[str, Any]:
     field = field_for(key, kind)
     if field is None or key not in composed.provenance:
         known = list(dict.fromkeys([*composed.provenance, *(k for other in ADAPTERS for k in fields_of(other))]))
-        close = nearest(key, known)
+        meant = familiar(key)
+        close = [meant.partition("=")[0]] if meant else nearest(key, known)
         raise UserError(f"unknown key {key}", where="--why", fix=f"did you mean {close[0]}?" if close else None)
     value: Any = to_dict(composed.config)
     for name in field.key.split("."):
@@ -63,6 +71,17 @@ def _explain(composed: Composed, key: str) -> dict[str, Any]:
     for setting in composed.history.get(key, []):
         history.append({"value": default if setting.reset else setting.value, "source": setting.where})
     return {"key": key, "value": value, "source": history[-1]["source"], "help": field.help, "history": history}
+
+
+def _explain_section(composed: Composed, section: str) -> dict[str, Any]:
+    """The same of every key of a section, those at their default last."""
+    keys = [_explain(composed, key) for key in composed.provenance if key.startswith(f"{section}.")]
+    return {"section": section, "keys": sorted(keys, key=lambda key: len(key["history"]) < 2)}
+
+
+def _show_section(console: Console, explained: dict[str, Any]) -> None:
+    for key in explained["keys"]:
+        console.print(f"{key['key']} = {key['value']}  ({key['source']})", markup=False)
 
 
 def _show_why(console: Console, explained: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ def data(
             raise UserError(
                 f"{composed.config.data.path} makes numbers, not text", where="data.path", fix="train on it directly"
             )
+        out.working("reading rows")
         from qmemtune.cli.display import PatientCounter
         from qmemtune.data.survey import survey
         from qmemtune.models.loading import load_tokenizer

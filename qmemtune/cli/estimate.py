@@ -35,6 +35,7 @@ def estimate(
             raise UserError(f"unknown device {device!r}", where="--device", fix="one of: auto, cpu, cuda")
         composed = compose(overrides or [], allow_missing=True)
         out.warn(composed.warnings)
+        out.working("counting what a step keeps in memory")
         from qmemtune.engine.memory.report import report
 
         out.libraries_are_loaded()

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = False, quiet: Quiet = False) -> None:
     """Measure a run or an exported folder beside its base, or a bare model.
 
-    The run is run_dir=, else the newest. model.path=FOLDER takes a folder that merge-export wrote, with the base, rows
-    and evaluation of its run; where the base was a local model: export.path=FOLDER model.path=BASE, and data.path=
-    where the rows are not at hand. recipe= or any other model.path= measures a model by itself. instruction=TEXT gives
-    the instruction prior one text for all rows in place of their own.
+    eval RUN or run_dir=RUN, else the newest run. eval FOLDER or model.path=FOLDER takes a folder that merge-export
+    wrote, with the base, rows and evaluation of its run; where the base was a local model: eval FOLDER model.path=BASE,
+    and data.path= where the rows are not at hand. recipe= or any other model.path= measures a model by itself.
+    instruction=TEXT gives the instruction prior one text for all rows in place of their own.
     """
     with output(as_json, debug, quiet) as out:
-        from qmemtune.cli.target import names_bare_model, split_export, split_run_dir, take
+        from qmemtune.cli.target import names_bare_model, split_export, split_run_dir, take, with_folder
 
         instruction, given = take("instruction", overrides or [])
+        given = with_folder(given)
         folder, rest = split_export(given)
         if folder is not None:
             report = _evaluate_export(folder, rest, out, instruction)
@@ -48,6 +49,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
 
     run, composed = load_target(overrides, out)
     config = composed.config
+    out.working("loading the run's model")
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.engine.restore import load_run
     from qmemtune.evaluation.forward import one_for_all
@@ -75,6 +77,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
 
 
 def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output, instruction: str | None) -> dict[str, Any]:
+    out.working("loading the exported model")
     from qmemtune.cli.display import RowCounter
     from qmemtune.export.evaluation import evaluate_exported, open_exported
 
@@ -99,6 +102,7 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
             where=config.model.path,
             fix="evaluate its run with run_dir=, or export it with export.format=merged",
         )
+    out.working("loading the model")
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.evaluation.verb import by_itself, measure
     from qmemtune.models.hardware import compute_dtype, pick_device

@@ -48,18 +48,20 @@ def generate(
 ) -> None:
     """Answer prompts with a run's live model, or chat.
 
-    A prompt, a file of prompts, or lines of stdin; with none of them on a terminal, a chat. The run is run_dir=, else
-    the newest.
+    A prompt, a file of prompts, or lines of stdin; with none of them on a terminal, a chat. generate RUN or
+    run_dir=RUN, else the newest run.
     """
     with output(as_json, debug, quiet) as out:
+        from qmemtune.cli.target import load_target, with_run_dir
+
         given, rest = _own_arguments(overrides or [])
+        rest = with_run_dir(rest)
         prompt = prompt if prompt is not None else given.get("prompt")
         instruction = instruction if instruction is not None else given.get("instruction")
         chat = prompt is None and file is None and sys.stdin.isatty()
         rows = [] if chat else list(_prompts(prompt, file))
-        from qmemtune.cli.target import load_target
-
         run, composed = load_target(rest, out, needs_data=False)
+        out.working("loading the run's model")
         from qmemtune.engine.restore import load_run
 
         out.libraries_are_loaded()

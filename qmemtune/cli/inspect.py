@@ -57,6 +57,7 @@ def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any
             where=str(run.path),
             fix="inspect a run of a language model",
         )
+    out.working("loading the run's model")
     from qmemtune.cli.display import RowCounter
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.engine.restore import load_run

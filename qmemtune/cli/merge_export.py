@@ -28,13 +28,13 @@ def merge_export(
 ) -> None:
     """Export a run as a folder that other tools load.
 
-    The run is run_dir=, else the newest; export.format=merged, lora or live.
+    merge-export RUN or run_dir=RUN, else the newest run; export.format=merged, lora or live.
     """
     with output(as_json, debug, quiet) as out:
         from qmemtune.cli.display import make_progress
-        from qmemtune.cli.target import load_target
+        from qmemtune.cli.target import load_target, with_run_dir
 
-        given = [*(overrides or []), *(["export.force=true"] if force else [])]
+        given = [*with_run_dir(overrides or []), *(["export.force=true"] if force else [])]
         run, composed = load_target(given, out)
         if plan:
             from qmemtune.export.exactness import plan as plan_export
@@ -43,6 +43,7 @@ def merge_export(
             planned = plan_export(run, composed.config)
             out.result(planned, lambda console: _show_plan(console, planned))
             return
+        out.working("loading the run")
         from qmemtune.export import export_run
 
         out.libraries_are_loaded()

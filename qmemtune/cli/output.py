@@ -49,6 +49,13 @@ class Output:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def working(self, text: str) -> None:
+        """What begins now and takes seconds or minutes: without a line, a verb that loads looks like one that hangs.
+
+        To be called before a verb's heavy imports, which take seconds themselves.
+        """
+        self.note(f"{text} ...")
+
     def warn(self, lines: list[str]) -> None:
         """Warnings, one a line."""
         for line in lines:

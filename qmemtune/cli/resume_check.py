@@ -28,10 +28,11 @@ def resume_check(
     """
     with output(as_json, debug, quiet) as out:
         run, composed = load_target(with_run_dir(overrides or []), out)
+        out.working("loading the run")
         from qmemtune.engine.resume_check import resume_check as check
 
         out.libraries_are_loaded()
-        report = check(run, composed, steps=steps)
+        report = check(run, composed, steps=steps, say=out.note)
         out.result(report, lambda console: _show(console, report))
         return 0 if report["exact"] else 1
 

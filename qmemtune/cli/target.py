@@ -36,12 +36,23 @@ def with_run_dir(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: more than one run is named.
     """
-    folders = [a for a in arguments if "=" not in a and not a.startswith(("+", "~"))]
+    folders = [a for a in arguments if _is_bare(a)]
     rest = [a for a in arguments if a not in folders]
     named = folders + [a.partition("=")[2] for a in rest if a.startswith("run_dir=")]
     if len(named) > 1:
         raise UserError(f"{len(named)} runs are named: {', '.join(named)}", fix="name one run folder")
     return [f"run_dir={folder}" for folder in folders] + rest
+
+
+def with_folder(arguments: Sequence[str]) -> list[str]:
+    """The same where the folder may also be an exported one, which becomes ``export.path=``."""
+    exported = [a for a in arguments if _is_bare(a) and (Path(a).expanduser() / EXPORT_MARKER).is_file()]
+    return [f"export.path={a}" for a in exported] + with_run_dir([a for a in arguments if a not in exported])
+
+
+def _is_bare(argument: str) -> bool:
+    """Whether an argument is a folder's name and no override."""
+    return "=" not in argument and (argument.startswith("~/") or not argument.startswith(("+", "~")))
 
 
 def split_export(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:

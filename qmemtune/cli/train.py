@@ -28,6 +28,7 @@ def train(
 
         composed = compose(overrides or [])
         out.warn(composed.warnings)
+        out.working("checking the run: rows, model, memory")
         if dry_run:
             from qmemtune.engine.plan import plan
 

@@ -82,7 +82,7 @@ def compose(
     if base is not None:
         return _compose_on(list(flatten(base, base_name)), given, allow_missing, quiet=base_name)
     recipe = _find_recipe(given)
-    given.incomplete = recipe is None and given.recipe not in (None, NO_RECIPE)
+    given.incomplete = given.incomplete or (recipe is None and given.recipe not in (None, NO_RECIPE))
     layers = _compose_files(recipe, given)
     name = NO_RECIPE if recipe is None else recipe.stem
     first = [Setting("recipe", name, f"recipe={given.recipe}", is_text=True)] if recipe else []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qmemtune.config.adapters import ADAPTERS
+from qmemtune.config.familiar import familiar
 from qmemtune.config.fields import fields_of, nearest, sections
 from qmemtune.config.places import list_groups, list_options, list_recipes
 from qmemtune.config.renamed import SHORT
@@ -49,6 +50,8 @@ def _read_one(argument: str, groups: set[str], result: Overrides) -> None:
     key = SHORT.get(key, key)
     if not equals or not _KEY.match(key.replace("/", ".")):
         result.findings.append(Finding("not an override", shown, _override_fix(argument)))
+        # What the recipe gives would be reported as missing beside the one thing to mend.
+        result.incomplete = result.incomplete or _is_recipe(argument)
     elif key == "recipe":
         result.recipe = _strip_quotes(value)
     elif key in groups or ("/" in key and key.split("/")[0] in groups):
@@ -92,8 +95,12 @@ def unknown_option(group: str, option: str, where: str, options: list[str] | Non
     return Finding(f"{option!r} is no option of the group {group}", where, f"{fix}options: {', '.join(options)}")
 
 
+def _is_recipe(argument: str) -> bool:
+    return argument in list_recipes() or argument.endswith((".yaml", ".yml"))
+
+
 def _override_fix(argument: str) -> str:
-    if argument in list_recipes() or argument.endswith(".yaml"):
+    if _is_recipe(argument):
         return f"did you mean recipe={argument}?"
     return "write key=value, group=option, +key=value, ~key or recipe=NAME"
 
@@ -127,6 +134,8 @@ def unknown_key(setting: Setting, kind: str) -> Finding:
         if parent in fields_of(kind):
             return Finding(f"unknown key {key}: {parent} holds one value", setting.where, f"set {parent} itself")
     own = list(fields_of(kind))
-    close = nearest(key, own + [other for name in ADAPTERS for other in fields_of(name) if other not in own])
+    known = own + [other for name in ADAPTERS for other in fields_of(name) if other not in own]
+    meant = familiar(key)
+    close = [meant] if meant else nearest(key, known)
     fix = f"did you mean {close[0]}?" if close else "`qmemtune config` prints every key"
     return Finding(f"unknown key {key}", setting.where, fix)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from qmemtune.config.data import CONVERSATIONS, DataConfig
 from qmemtune.config.missing import MISSING
 from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder
-from qmemtune.data.examples import Example
+from qmemtune.data.examples import LOOK_AT, Example
 from qmemtune.data.mixture import mixed, repeated, source_configs
 from qmemtune.data.prepared import PreparedData
 from qmemtune.data.reading import Reading, Source
@@ -20,11 +21,14 @@ from qmemtune.data.render import Renderer
 from qmemtune.data.report import DataReport, PartReport
 from qmemtune.data.rows import TokenRows
 from qmemtune.data.split import split_rows, without_heldout
+from qmemtune.data.templates import joined
 from qmemtune.data.tokenize import tokenize
 from qmemtune.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is."""
+BOUNDARY = re.compile(r"[A-Za-z0-9.,;:?!)\]][A-Za-z0-9]")
+"""The last sign of a prompt and the first of its completion, where a blank was likely forgotten."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -68,6 +72,21 @@ def prepare_heldout(
         found.report.train = PartReport()
         return PreparedData(TokenRows(), found.heldout, found.report, found.format)
     return Preparation(config, tokenizer, rejected_path, progress).run(with_train=False)
+
+
+def glued(examples: Sequence[Example], config: DataConfig) -> str | None:
+    """A warning where most prompts run straight into their completions, as columns often do that nobody has joined.
+
+    Signs that open something, or end a mark such as ``<|assistant|>``, are taken to be meant so.
+    """
+    ends = [(joined(example.prompt)[-1:], joined(example.completion)[:1]) for example in examples]
+    runs = [i for i, (last, first) in enumerate(ends) if last + first and BOUNDARY.fullmatch(last + first)]
+    if not runs or 2 * len(runs) <= len(ends):
+        return None
+    example = examples[runs[0]]
+    shown = f"{joined(example.prompt)[-20:]}{joined(example.completion)[:20]}".replace("\n", " ")
+    way = "" if config.prompt_template else " -> data.prompt_template=$'{prompt}\\n' puts a line break between them"
+    return f"prompts run straight into their completions, such as '...{shown}...'{way}"
 
 
 class Preparation:
@@ -151,6 +170,8 @@ class Preparation:
                 raise UserError(
                     "every training row has the prompt of a held-out row",
                     where=f"{config.path}, {config.eval_path}",
+                    fix="give a data.eval_path with other rows, or leave it out: data.eval_fraction of the rows is "
+                    "held out then",
                 )
         return trained, held
 
@@ -207,6 +228,8 @@ class Preparation:
         is_chat = source.form in CONVERSATIONS or self.config.chat == "always"
         if not is_chat and self.encoder.eos_token_id is None:
             self.report.warn("the tokenizer has no end-of-sequence token: the model does not learn to stop")
+        if not is_chat:
+            self.report.warn(glued(self.trained[:LOOK_AT], self.config))
         if self.report.split_conversations:
             self.report.warn(
                 f"{self.report.split_conversations} conversations became one row an answer: "

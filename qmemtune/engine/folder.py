@@ -41,7 +41,7 @@ def open_run(config: Config, *, make: bool = False) -> Opened:
         UserError: the folder holds another run or is in use, or there is nothing to resume from.
     """
     if config.run_dir is not None:
-        check_format(Path(config.run_dir).expanduser(), "run folder", RUN_FORMAT)
+        check_format(RunDir(Path(config.run_dir)).path, "run folder", RUN_FORMAT)
     opened = choose(config, make)
     refuse_if_in_use(opened.run)
     return opened
@@ -110,8 +110,7 @@ def run_dtype(config: Config, device: torch.device) -> torch.dtype:
     setting: str = config.model.compute_dtype
     path = config.resume.path
     if setting == "auto" and path is not None:
-        named = Path(path if path != "auto" else config.run_dir or "").expanduser()
-        begun = named if path == "auto" else named.absolute().parent.parent
+        begun = Path(config.run_dir or "") if path == "auto" else Path(path).expanduser().absolute().parent.parent
         setting = recorded_dtype(RunDir(begun)) or setting
     return compute_dtype(setting, device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +46,12 @@ class Replay:
 class Told(SilentProgress):
     """Keeps what a replay says about changes."""
 
+    say: Callable[[str], None]
     messages: list[str] = field(default_factory=list)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """A replay takes as long as the steps did: say that it gets on."""
+        self.say(f"replayed step {metrics['step']}")
 
     def message(self, text: str) -> None:
         # The replay itself switches tracking off.
@@ -53,13 +59,16 @@ class Told(SilentProgress):
             self.messages.append(text)
 
 
-def resume_check(run: RunDir, composed: Composed, *, steps: int) -> dict[str, Any]:
+def resume_check(
+    run: RunDir, composed: Composed, *, steps: int, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Replay steps of a run in a folder that is removed afterwards, and compare them with what the run recorded.
 
     Args:
         run: the run; nothing in its folder is changed.
         composed: its config.
         steps: replay so many optimizer steps at most.
+        say: told how far the replay is.
 
     Returns:
         ``run_dir``, ``from_step``, ``to_step``, ``checkpoint`` (path, or None for a replay from the beginning),
@@ -70,7 +79,9 @@ def resume_check(run: RunDir, composed: Composed, *, steps: int) -> dict[str, An
         UserError: the run recorded nothing that can be replayed, or it cannot be trained here.
     """
     replay = choose(complete_checkpoints(run.checkpoints), logged_lines(run.metrics), run, steps)
-    told = Told()
+    told = Told(say)
+    begin = f"from {replay.checkpoint.path}" if replay.checkpoint else "from the beginning"
+    say(f"replaying steps {replay.start + 1} to {replay.end} {begin} ...")
     with tempfile.TemporaryDirectory(prefix="qmemtune-resume-check-") as folder:
         again = RunDir(Path(folder) / "run")
         make_again(replay, composed.config, run, again, told)

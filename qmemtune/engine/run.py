@@ -146,6 +146,7 @@ def run_in_folder(
             task = make_task(args, dtype)
         else:
             assert checked is not None
+            progress.message(f"loading the base model: {config.model.path} ...")
             task = build(config, args, checked=checked, loads=loads)
     if first:
         write_config(run, task.resolved(config))

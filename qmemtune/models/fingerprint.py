@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qmemtune.config.schema import MISSING, ModelConfig
+from qmemtune.config.missing import MISSING
+from qmemtune.config.model import ModelConfig
 from qmemtune.models.configs import read_config
 from qmemtune.models.sources import GENERATED, INDEX, resolve, weight_files
 

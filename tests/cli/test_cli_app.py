@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,25 @@ def test_key_given_as_an_option_is_explained(run):
     assert "trainer.max_steps=" in result.err
 
 
+@pytest.mark.parametrize(
+    ("option", "fix"),
+    [
+        ("--model_name_or_path", "options of the config are written model.path=..."),
+        ("--load-in-4bit", "options of the config are written quantization=nf4"),
+        ("--config", "a config file is written recipe=FILE"),
+    ],
+)
+def test_options_of_other_tools_are_answered_with_ours(run, option, fix):
+    result = run("train", option, "x")
+    assert (result.code, result.err) == (2, f"error: No such option: {option} -> {fix}\n")
+
+
+def test_an_estimate_without_a_model_asks_for_one(run):
+    result = run("estimate")
+    assert result.code == 2
+    assert "error: model.path must be given -> give model.path=..." in result.err
+
+
 def test_every_mistake_is_one_line_without_a_traceback(run):
     result = run("config", "recipe=quickstart", "trainer.max_stps=5", "quantization=nf5")
     assert (result.code, result.out) == (2, "")
@@ -136,6 +156,15 @@ def test_failures_have_their_exit_code_and_one_line(run, module, error, code, li
     assert "Traceback" not in result.err
 
 
+def test_an_interrupted_verb_says_so(run, module):
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    module("qmemtune.engine.run", train=stop)
+    result = run("train", "recipe=quickstart")
+    assert (result.code, result.err.splitlines()[-1]) == (130, "interrupted")
+
+
 def test_a_failures_own_exit_code_counts(run, module):
     error = RunFailed("stopped at step 3; the checkpoint is saved")
     error.exit_code = 130
@@ -174,6 +203,19 @@ def test_train_prints_a_summary_and_warnings_apart(run, module):
     assert "held-out: loss 1.0000, perplexity 2.70, exact match 50.0%" in result.out
     assert "run folder: runs/quickstart/x" in result.out
     assert "warning: data.split=x: data.split has no effect" in result.err
+
+
+def test_a_verb_speaks_before_it_loads(run, module):
+    """Libraries alone take seconds to load: a terminal that stays empty looks like a verb that hangs."""
+    said = []
+
+    def training(*_args, **_options):
+        said.append(sys.stderr.getvalue())
+        return SUMMARY
+
+    module("qmemtune.engine.run", train=training)
+    run("train", "recipe=quickstart")
+    assert said[0].splitlines() == ["checking the run: rows, model, memory ..."]
 
 
 def test_quiet_leaves_the_result_only(run, module):
@@ -234,7 +276,7 @@ def test_verbs_of_a_run_say_when_there_is_none(run, verb, monkeypatch):
     assert "there is no finished run here" in run(verb).err
     result = run(verb, "run_dir=nowhere")
     assert result.code == 2
-    assert "nowhere: not a run folder" in result.err
+    assert "nowhere: there is no such folder" in result.err
 
 
 def metrics(loss: float, match: float):
@@ -305,6 +347,14 @@ def test_why_names_the_source_and_what_it_replaced(run):
     assert "did you mean trainer.max_steps?" in run("config", "--why", "max_steps").err
 
 
+def test_why_of_a_section_names_the_source_of_each_key(run):
+    result = run("config", "recipe=quickstart", "optimizer.eps=1e-6", "--why", "optimizer")
+    lines = result.out.splitlines()
+    assert "optimizer.eps = 1e-06  (optimizer.eps=1e-6)" in lines
+    assert lines[-1].endswith("(default (schema))")
+    assert {line.partition(".")[0] for line in lines} == {"optimizer"}
+
+
 def test_recipes_lists_the_tools_and_the_users(run, tmp_path):
     folder = tmp_path / "recipes"
     folder.mkdir()
@@ -350,3 +400,28 @@ def test_exit_code_reaches_the_shell():
     done = subprocess.run([*START, "config", "seed=x", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["where"] == "seed=x"
+
+
+@pytest.mark.parametrize("verb", ["eval", "merge-export", "generate", "inspect", "resume-check"])
+def test_verbs_of_a_run_take_its_folder_as_it_stands(run, module, finished_run, verb):
+    """A run that does not exist is refused by name, and no other run is taken in its place."""
+    stdin = ["--prompt", "hi"] if verb == "generate" else []
+    result = run(verb, "runs/quickstart/nope", *stdin)
+    assert result.code == 2
+    assert result.err.startswith("error: runs/quickstart/nope: there is no such folder (seen from ")
+    result = run(verb, "runs/quickstart", *stdin)
+    assert "name one run: the newest in there is runs/quickstart/20260101-000000" in result.err
+    (finished_run / "format.json").write_text('{"format": 2}')
+    (finished_run / "adapter").mkdir()
+    result = run(verb, str(finished_run / "adapter"), *stdin)
+    assert "did you mean runs/quickstart/20260101-000000, the run that it lies in?" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_an_exported_folder_may_stand_bare(tmp_path):
+    from qmemtune.cli.target import split_export, with_folder
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "qmemtune.json").write_text("{}")
+    assert split_export(with_folder(["out", "model.path=base"])) == (Path("out"), ["model.path=base"])
+    assert with_folder(["runs/a", "data.max_eval_rows=3"]) == ["run_dir=runs/a", "data.max_eval_rows=3"]

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qmemtune.config.adapters import ADAPTERS
 from qmemtune.config.compose import compose, load_resolved, to_yaml
+from qmemtune.config.familiar import FAMILIAR
+from qmemtune.config.fields import fields_of
 from qmemtune.errors import UserError
 
 QUICK = "recipe=quickstart"
@@ -183,11 +186,31 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_names():
         ("model=./folder", "did you mean model.path=./folder?"),
         ("model=org/name", "did you mean model.path=org/name?"),
         ("quickstart", "did you mean recipe=quickstart?"),
+        ("optimizer.lr=1e-3", "did you mean optimizer.learning_rate?"),
+        ("lora_alpha=16", "did you mean adapter.alpha?"),
+        ("model_name_or_path=x", "did you mean model.path?"),
+        ("load_in_4bit=true", "did you mean quantization=nf4?"),
         ("trainer={max_steps: 3}", "options: debug, default"),
     ],
 )
 def test_near_misses_are_answered_with_what_was_meant(override, fix):
     assert fix in str(only(QUICK, override).fix)
+
+
+def test_a_recipe_without_its_key_is_the_only_thing_to_mend():
+    """What the recipe would have given is not reported as missing beside it."""
+    for name in ("quickstart", "mine.yaml"):
+        with pytest.raises(UserError) as caught:
+            compose([name])
+        assert [finding.fix for finding in caught.value.findings] == [f"did you mean recipe={name}?"]
+
+
+def test_names_of_other_tools_lead_to_keys_that_exist():
+    keys = {key for kind in ADAPTERS for key in fields_of(kind)} | {"quantization", "resume"}
+    assert {meant.partition("=")[0] for meant in FAMILIAR.values()} <= keys
+    for meant in FAMILIAR.values():
+        if "=" in meant:
+            compose(["recipe=quickstart", meant])
 
 
 def test_section_and_leaf_are_not_confused():

@@ -60,6 +60,17 @@ def test_one_prompt_for_all_rows_is_split_by_row_with_a_warning(write_rows, toke
     assert any("share prompts" in line for line in data.report.lines())
 
 
+def test_prompts_that_run_into_their_completions_are_warned_about(write_rows, tokenizer):
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"It is {2 * i}."} for i in range(8)]
+    config = DataConfig(path=write_rows(rows), columns={"prompt": "question", "completion": "answer"})
+    (line,) = [text for text in prepare_data(config, tokenizer).report.lines() if "run straight into" in text]
+    assert "?It is" in line
+    assert "data.prompt_template=$'{prompt}\\n'" in line
+    for template in ("{prompt}\n", "<|user|>{prompt}<|assistant|>", "{prompt} ->"):
+        apart = prepare_data(replace(config, prompt_template=template), tokenizer)
+        assert not any("run straight into" in text for text in apart.report.lines())
+
+
 def test_few_rows(write_rows, tokenizer):
     rows = [{"prompt": f"{i}", "completion": "x"} for i in range(2)]
     data = prepare_data(DataConfig(path=write_rows(rows)), tokenizer)

@@ -201,3 +201,10 @@ def test_the_environment_is_json():
     assert facts["versions"]["transformers"]
     assert facts["threads"] >= 1
     assert seconds_since_start() > 0
+
+
+def test_a_tilde_in_the_run_folder_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config()
+    config.run_dir = "~/runs/a"
+    assert open_run(config).run.path == tmp_path / "runs" / "a"

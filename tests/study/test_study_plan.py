@@ -29,6 +29,8 @@ def test_every_file_of_studies_is_a_study():
 def test_an_unknown_study_is_named_with_the_nearest():
     with pytest.raises(UserError, match=r"did you mean regression\?"):
         find_study("regresion", StudyConfig())
+    with pytest.raises(UserError, match=r"there is no study 'xyz' -> studies: ablations, "):
+        find_study("xyz", StudyConfig())
 
 
 @pytest.mark.parametrize("setting", ["ample", "little"])

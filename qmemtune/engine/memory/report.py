@@ -33,6 +33,10 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such model, it cannot have this adapter, or the run is a regression.
     """
+    if config.model.path == MISSING:
+        raise UserError(
+            "model.path must be given", fix="give model.path=... (its config.json is enough), or recipe=NAME"
+        )
     if is_regression(config):
         raise UserError(
             "a regression's network takes a few MiB, of which there is no estimate",

@@ -27,7 +27,7 @@ def find_study(name: str, options: StudyConfig) -> Study:
         raise UserError(
             f"there is no study {name!r}",
             where=f"study {name}",
-            fix=f"did you mean {close[0]}? " * bool(close) + f"studies: {', '.join(names())}",
+            fix=(f"did you mean {close[0]}? " if close else "") + f"studies: {', '.join(names())}",
         )
     module = importlib.import_module(f"{__name__}.{name}")
     found: Study = module.STUDY if hasattr(module, "STUDY") else module.study(options)
