@@ -59,6 +59,7 @@ def test_help_is_a_table_of_verbs(run):
         result = run(*arguments)
         assert result.code == 0
         assert all(f"\n  {verb} " in result.out for verb in VERBS)
+        assert "..." not in result.out.partition("Commands:")[2], "each verb's line is a whole sentence in 80 columns"
 
 
 @pytest.mark.parametrize("verb", VERBS)
