@@ -1,9 +1,11 @@
 """PEFT LoRA against the queryable memory: training step, peak memory, decoding.
 
-Both adapters on the same base, batch, rank and targets, interleaved in one process: a step is forward, backward and
-AdamW update with the training engine's own loss; a decoded token is one `generate` step with a KV cache, unmerged.
-Ratios are of neighbouring measurements, median with quartiles. Peak memory is measured in a process of its own for each
-adapter: the highest resident size during three steps above that before the first (on a GPU, allocated memory).
+Three contestants on the same base, batch, rank and targets, interleaved in one process: LoRA as PEFT's modules compute
+it, and, as the training engine runs them on a CPU (`trainer.fused_layers`), LoRA and the memory. A step is forward,
+backward and AdamW update with the training engine's own loss; a decoded token is one `generate` step with a KV cache,
+unmerged, where nothing is fused. Ratios are within a round, median with quartiles. Peak memory is measured in a
+process of its own for each: the highest resident size during three steps above that before the first (on a GPU,
+allocated memory).
 
     python benchmarks/adapter_step.py                                        SmolLM2-135M, the batches of the README
     python benchmarks/adapter_step.py --base llama3_2_1b --batch 2x2048 --compile      on a GPU, random weights
@@ -19,7 +21,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from qmemtune.adapters import apply_adapter, parameter_groups
 from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
+from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.loss import LabelledLoss
+from qmemtune.models.attention import short_rows_on_cpu
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast, compute_dtype, pick_device
 from qmemtune.models.loading import load_base
@@ -49,7 +54,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Shapes that are filled with random weights, by name."""
-KINDS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "queryable": QueryableConfig}
+KINDS: dict[str, tuple[type[AdapterConfig], bool]] = {
+    "PEFT LoRA": (LoraConfig, False),
+    "LoRA": (LoraConfig, True),
+    "memory": (QueryableConfig, True),
+}
+"""Contestant -> its adapter's options, and whether its layers are fused."""
+OTHERS = ("PEFT LoRA", "LoRA")
+"""What the memory is compared with."""
 
 
 def base_folder(name: str, cache: Path) -> str:
@@ -75,12 +87,21 @@ class Contestant:
         self.base: PreTrainedModel = load_base(
             ModelConfig(path=path, compute_dtype="bfloat16"), QuantizationConfig(kind=quantization), device=self.device
         )
-        config = KINDS[kind](r=args.rank)
+        adapter, self.fused = KINDS[kind]
+        config = adapter(r=args.rank)
         self.model = apply_adapter(self.base, config, seed=0)
         self.model.train()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config, learning_rate=1e-4, weight_decay=0.0))
         self.loss_of = LabelledLoss(self.model)
         self.forward: Callable[..., Any] = torch.compile(self.model) if args.compile else self.model
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """As the training engine runs it."""
+        on_cpu = self.device.type == "cpu"
+        attention = short_rows_on_cpu() if on_cpu else nullcontext()
+        with attention, dequantized_on_cpu(self.model), fused_on_cpu(self.model) if self.fused else nullcontext():
+            yield
 
     def step(self, batch: int, length: int) -> float:
         """Seconds of one training step; the second half of each row is in the loss."""
@@ -116,15 +137,15 @@ class Contestant:
         return time.perf_counter()
 
 
-def interleaved(first: Callable[[], float], second: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    """Measure two things in turn, each round in the other order; two rounds more come first and do not count."""
+def interleaved(contestants: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Measure in turn, each round beginning with another one; two rounds more come first and do not count."""
     measured = []
-    for number in range(pairs + 2):
-        if number % 2:
-            b, a = second(), first()
-        else:
-            a, b = first(), second()
-        measured.append((a, b))
+    for number in range(rounds + 2):
+        found = [0.0] * len(contestants)
+        for place in range(len(contestants)):
+            chosen = (number + place) % len(contestants)
+            found[chosen] = contestants[chosen]()
+        measured.append(found)
     return measured[2:]
 
 
@@ -142,7 +163,7 @@ def measure_memory(args: argparse.Namespace) -> float:
     """In the process of its own: MiB that three steps add at their peak."""
     contestant = Contestant(args.memory_of, args, args.quantization[0])
     batch, length = sizes(args.batch[0])
-    with dequantized_on_cpu(contestant.model):
+    with contestant.ready():
         contestant.step(1, 8)
         gc.collect()
         if contestant.device.type == "cuda":
@@ -177,7 +198,7 @@ def main() -> None:
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"])
     parser.add_argument("--batch", nargs="+", default=["4x256", "8x512"], help="rows x tokens")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=6, help="counted pairs of steps")
+    parser.add_argument("--rounds", type=int, default=6, help="counted rounds")
     parser.add_argument("--decode-rows", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--decode-tokens", type=int, default=48)
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
@@ -200,22 +221,24 @@ def main() -> None:
         for line, (quantization, text) in zip(
             steps, ((q, t) for q in args.quantization for t in args.batch), strict=True
         ):
-            peaks = [peak_mib(kind, args, quantization, *sizes(text)) for kind in KINDS]
-            line += [f"{peaks[0]:,.0f}", f"{peaks[1]:,.0f}", f"{peaks[1] / peaks[0]:.3f}"]
+            peaks = {kind: peak_mib(kind, args, quantization, *sizes(text)) for kind in KINDS}
+            line += [f"{peak:,.0f}" for peak in peaks.values()]
+            line += [f"{peaks['memory'] / peaks[other]:.3f}" for other in OTHERS]
 
     threads = f"{torch.get_num_threads()} threads"
     load = f"load average at the end {os.getloadavg()[0]:.1f}"
     name = args.base if args.base in SHAPES else "SmolLM2-135M" if args.base == SMOLLM2 else Path(args.base).name
     head = f"### Queryable memory against PEFT LoRA: {name}{', compiled' if args.compile else ''}\n\n"
     head += (
-        f"`benchmarks/adapter_step.py`, r={args.rank}, all linear layers, {args.pairs} pairs, {threads}, {load}.\n\n"
+        f"`benchmarks/adapter_step.py`, r={args.rank}, all linear layers, {args.rounds} rounds, {threads}, {load}.\n\n"
     )
-    columns = ["base", "batch", "LoRA step (s)", "memory step (s)", "ratio (quartiles)"]
+    ratios = [f"memory / {other}" for other in OTHERS]
+    columns = ["base", "batch", *(f"{kind} step (s)" for kind in KINDS), *ratios]
     if not args.no_memory:
-        columns += ["LoRA peak (MiB)", "memory peak (MiB)", "ratio"]
+        columns += [*(f"{kind} peak (MiB)" for kind in KINDS), *ratios]
     text = head + table(columns, steps)
     if decoding:
-        columns = ["base", "rows", "LoRA tokens/s", "memory tokens/s", "ratio (quartiles)"]
+        columns = ["base", "rows", "PEFT LoRA tokens/s", "memory tokens/s", ratios[0]]
         text += "\n\nDecoding with a KV cache, unmerged:\n\n" + table(columns, decoding)
     print(text)
     if args.write:
@@ -230,23 +253,26 @@ def compare(
     decoding: list[list[str]],
 ) -> None:
     """Add one base's lines to both tables."""
-    lora, memory = contestants
-    with dequantized_on_cpu(lora.model), dequantized_on_cpu(memory.model):
+    with ExitStack() as ready:
+        for one in contestants:
+            ready.enter_context(one.ready())
         for text in args.batch:
             shape = sizes(text)
-            pairs = interleaved(partial(lora.step, *shape), partial(memory.step, *shape), args.pairs)
-            steps.append([base, text, *cells(pairs)])
+            rounds = interleaved([partial(one.step, *shape) for one in contestants], args.rounds)
+            steps.append([base, text, *cells(rounds)])
+        peft, memory = contestants[0], contestants[-1]
         for rows in args.decode_rows:
             asked = rows, args.decode_tokens
-            pairs = interleaved(partial(lora.decode, *asked), partial(memory.decode, *asked), args.pairs)
+            rounds = interleaved([partial(peft.decode, *asked), partial(memory.decode, *asked)], args.rounds)
             tokens = rows * args.decode_tokens
-            decoding.append([base, str(rows), *cells([(tokens / a, tokens / b) for a, b in pairs], digits=1)])
+            decoding.append([base, str(rows), *cells([[tokens / s for s in found] for found in rounds], digits=1)])
 
 
-def cells(pairs: list[tuple[float, float]], digits: int = 3) -> list[str]:
-    """Medians of both, and the spread of second / first."""
-    first, second = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
-    return [f"{first:.{digits}f}", f"{second:.{digits}f}", spread([b / a for a, b in pairs])]
+def cells(rounds: list[list[float]], digits: int = 3) -> list[str]:
+    """Median of each contestant, and the spread of last / each other."""
+    columns = list(zip(*rounds, strict=True))
+    medians = [f"{sorted(column)[len(rounds) // 2]:.{digits}f}" for column in columns]
+    return medians + [spread([found[-1] / found[i] for found in rounds]) for i in range(len(columns) - 1)]
 
 
 if __name__ == "__main__":

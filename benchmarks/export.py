@@ -156,7 +156,7 @@ def main() -> None:
     text = f"{config.recipe}, {len(rows)} held-out rows.\n\n{table(heads, lines)}"
     print(text)
     if args.write:
-        write_section("Making a memory static", text)
+        write_section(f"Making a memory static, {config.recipe}", text)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,10 @@ def _table(title: str, *columns: str) -> Table:
 def _blocks(report: dict[str, Any]) -> Table:
     from qmemtune.report.routes import layer_range
 
-    table = _table("blocks: mean weight of each atom", "block", "layers", "entropy", "effective atoms")
-    table.add_column("atoms 0, 1, ... (█: twice an even share)")
+    title = "blocks: mean weight of each atom (█: twice an even share)"
+    table = _table(title, "block", "layers", "entropy", "effective atoms")
+    # A blank stands for no weight: broken or shortened, the row says something else.
+    table.add_column("atoms 0, 1, ...", no_wrap=True, min_width=len(report["blocks"][0]["use"]))
     table.add_column("strongest")
     for block in report["blocks"]:
         table.add_row(
@@ -169,7 +171,7 @@ def _groups(report: dict[str, Any]) -> Table | None:
     if not report["groups"]:
         return None
     table = _table(f"groups ({report['group_by']}), mean over blocks", "group", "rows")
-    table.add_column("atoms 0, 1, ...")
+    table.add_column("atoms 0, 1, ...", no_wrap=True, min_width=len(report["blocks"][0]["use"]))
     table.add_column("strongest")
     for name, group in report["groups"].items():
         use = mean_over_blocks(group["use"])
@@ -198,10 +200,12 @@ def _show_clustering(console: Console, report: dict[str, Any]) -> None:
         console.print("groups: none (data.group_by=COLUMN compares kinds of rows)", markup=False)
         return
     for kind, found in report["clustering"].items():
+        # Without a prior there is one kind, and nothing that it is without.
+        name = kind.replace("_", " ") if len(report["clustering"]) > 1 else "groups"
         nearest = found["nearest_group"]
         share = "" if nearest is None else f"; {nearest:.0%} of rows route nearest to their own group"
         console.print(
-            f"{kind.replace('_', ' ')}: mutual information of group and atom {found['mutual_information']:.4f} nats "
+            f"{name}: mutual information of group and atom {found['mutual_information']:.4f} nats "
             f"(chance {found['chance']:.4f}){share}",
             markup=False,
         )

@@ -43,10 +43,17 @@ def _describe(name: str, path: Path) -> dict[str, Any]:
     }
 
 
+NARROW = 120
+"""Below so many characters a table would break names and paths, which are to be copied."""
+
+
 def _show(console: Console, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if console.width < NARROW:
+        _list(console, rows)
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("recipe", "model", "data", "adapter", "needs", "what it is for"):
         table.add_column(title, overflow="fold")
@@ -59,4 +66,18 @@ def _show(console: Console, rows: list[dict[str, Any]]) -> None:
         cells = [name, row["model"], row["data"], adapter, row["needs"] or "", row["description"] or ""]
         table.add_row(*(Text(str(cell)) for cell in cells))
     console.print(table)
+    console.print("\nqmemtune train recipe=NAME", style="dim")
+
+
+def _list(console: Console, rows: list[dict[str, Any]]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for row in rows:
+        console.print(Text(row["name"] if row["own"] else f"{row['name']} (yours)", style="bold"))
+        facts = ("description", "model", "data", "adapter", "quantization", "needs")
+        lines = [f"does not compose: {row['error']}"] if "error" in row else []
+        lines += [f"{fact}: {row[fact]}" if fact != "description" else row[fact] for fact in facts if row.get(fact)]
+        for line in lines:
+            console.print(Padding(Text(str(line), overflow="fold"), (0, 0, 0, 2), expand=False))
     console.print("\nqmemtune train recipe=NAME", style="dim")

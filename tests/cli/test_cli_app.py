@@ -59,6 +59,7 @@ def test_help_is_a_table_of_verbs(run):
         result = run(*arguments)
         assert result.code == 0
         assert all(f"\n  {verb} " in result.out for verb in VERBS)
+        assert "..." not in result.out.partition("Commands:")[2], "each verb's line is a whole sentence in 80 columns"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -345,6 +346,33 @@ def test_why_names_the_source_and_what_it_replaced(run):
     columns = json.loads(run("config", "recipe=smollm2_gsm8k", "--why", "data.columns.prompt", "--json").out)
     assert columns["value"] == "question"
     assert "did you mean trainer.max_steps?" in run("config", "--why", "max_steps").err
+
+
+def test_recipes_on_a_narrow_terminal_keep_their_names_whole():
+    import io
+
+    from rich.console import Console
+
+    from qmemtune.cli.recipes import _show
+
+    console = Console(file=io.StringIO(), width=60)
+    _show(console, [{"name": "a_long_recipe_name", "own": True, "model": "org/a-model", "needs": "2 CPU cores " * 9}])
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert lines[:2] == ["a_long_recipe_name", "  model: org/a-model"]
+
+
+def test_shades_of_atoms_stay_whole_on_a_narrow_terminal():
+    import io
+
+    from rich.console import Console
+
+    from qmemtune.cli.inspect import _blocks
+
+    use = [0.0, 0.5, 0.0, 0.5, *[0.0] * 12]
+    block = {"block": 0, "layers": ["0", "1", "2", "3", "4"], "entropy": 0.5, "effective_atoms": 2.0, "use": use}
+    console = Console(file=io.StringIO(), width=60)
+    console.print(_blocks({"blocks": [block]}))
+    assert f" █ █{' ' * 12}" in console.file.getvalue()
 
 
 def test_why_of_a_section_names_the_source_of_each_key(run):
