@@ -2,8 +2,8 @@
 
 ``word_lists`` mixes instruction families that want different things of the same kind of input. The words are single
 tokens in most byte-level vocabularies, so rows are short; the answers are exact. ``word_lists_hard`` asks for twelve
-things by made-up words, ``word_lists_many`` for 24. A change to the rows a name makes is a new name: results stay
-comparable.
+things by made-up words, ``word_lists_many`` for 24; in ``word_codes`` each of four made-up words is a code that stands
+for another word in place of every word. A change to the rows a name makes is a new name: results stay comparable.
 """
 
 from __future__ import annotations
@@ -65,9 +65,22 @@ MANY_COMMANDS = (
 MANY_FAMILIES: Families = {
     order: (command, picked(order)) for command, order in (pair.split() for pair in MANY_COMMANDS.split(", "))
 }
+
+
+def code(seed: int) -> Callable[[list[str]], list[str]]:
+    """A code: each word is replaced by another one, always the same."""
+    book = dict(zip(WORDS, random.Random(seed).sample(WORDS, len(WORDS)), strict=True))
+    return lambda words: [book[word] for word in words]
+
+
+# What a word becomes depends on the word and on the command at once: neither alone says anything about the answer.
+CODE_FAMILIES: Families = {
+    command.lower(): (command, code(number)) for number, command in enumerate(("Zorp", "Blick", "Trund", "Vemp"))
+}
 TRAIN_ROWS = 4_000
 HARD_TRAIN_ROWS = 8_000
 HELDOUT_ROWS_A_FAMILY = 20
+CODE_HELDOUT_ROWS_A_FAMILY = 80
 HARD_HELDOUT_ROWS_A_FAMILY = 40
 MANY_HELDOUT_ROWS_A_FAMILY = 20
 
@@ -85,6 +98,11 @@ def word_lists_hard() -> tuple[list[Row], list[Row]]:
 def word_lists_many() -> tuple[list[Row], list[Row]]:
     """Training and held-out rows of 24 families, each an order of the words under a made-up word."""
     return mixed(MANY_FAMILIES, seed=20263, train_rows=HARD_TRAIN_ROWS, heldout_rows=MANY_HELDOUT_ROWS_A_FAMILY)
+
+
+def word_codes() -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows of four codes."""
+    return mixed(CODE_FAMILIES, seed=20264, train_rows=HARD_TRAIN_ROWS, heldout_rows=CODE_HELDOUT_ROWS_A_FAMILY)
 
 
 def mixed(kinds: Families, *, seed: int, train_rows: int, heldout_rows: int) -> tuple[list[Row], list[Row]]:
@@ -140,5 +158,6 @@ GENERATED: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
     "word_lists_hard": word_lists_hard,
     "word_lists_many": word_lists_many,
     "word_lists_paraphrased": word_lists_paraphrased,
+    "word_codes": word_codes,
 }
 """Name -> function that makes the training and the held-out rows."""

@@ -12,21 +12,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qmemtune.config.schema import Config
 from qmemtune.engine.environment import processor_name, version_of
 from qmemtune.engine.interrupt import Interrupted, listening
 from qmemtune.engine.plan import adapter_facts
 from qmemtune.engine.shared import Loads
 from qmemtune.errors import RunFailed
-from qmemtune.quiet import as_here, like_parent
+from qmemtune.quiet import as_here, hide_loading_bars
 from qmemtune.study.analysis import analyse
 from qmemtune.study.cell import run_cell
 from qmemtune.study.cells import Cell, Plan, make_plan
 from qmemtune.study.folder import StudyDir
 from qmemtune.study.options import FOLDERS, Request
 from qmemtune.study.studies import find_study
+from qmemtune.study.worker import start_worker
 
 Say = Callable[[str], None]
 POLL_SECONDS = 1.0
@@ -169,20 +168,10 @@ LOADS = Loads(keep=True)
 """Of a worker process."""
 
 
-def start_worker(silenced: bool) -> None:
-    """Set up a worker process.
-
-    Args:
-        silenced: whether libraries are in the process that started it.
-    """
-    like_parent(silenced)
-    torch.set_num_threads(1)
-    # A terminal's Ctrl-C goes to the whole group: here it comes once, from the process that started the study.
-    os.setsid()
-
-
 def run_here(cell: Cell, folder: str) -> dict[str, Any]:
     """Run a cell in a worker process."""
+    if as_here():
+        hide_loading_bars()
     try:
         return run_cell(cell, StudyDir(Path(folder)), LOADS)
     except Interrupted as stopped:
