@@ -75,8 +75,8 @@ CASES = [
     Case("none", "queryable", 2, 192, checkpointing=True),
     Case("nf4", "lora", 1, 512, checkpointing=True),
 ]
-FITTED = (2, 5, 6, 7, 8, 10)
-"""Configurations that were looked at while fragmentation was fitted; the others are the test."""
+FITTED = (1, 2, 5, 6, 7, 8, 10, 15)
+"""Configurations that were looked at while fragmentation and loading were fitted; the others are the test."""
 
 
 def write_rows(file: Path) -> None:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from qmemtune.adapters.queryable.apply import add_update, add_update_without_gradient
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.memory import NOT_MERGEABLE, QueryableMemory
+from qmemtune.adapters.queryable.router import form_route
 
 NOT_MIXABLE = "a queryable memory cannot mix adapters within a batch (adapter_names): use set_adapter"
 
@@ -124,7 +125,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         # When a checkpointed layer is computed again, autograd expects the same tensors to be saved in the same order:
         # the layer that formed the route forms it again, the others take the one of their forward pass.
         if block not in state.routed or (memory.holder.recomputing and owner == id(self)):
-            routed = memory.route(name, block, z, context, state)
+            routed = form_route(memory, name, block, z, context, state)
         else:
             routed = state.routed[block]
         if z.dtype != routed.dtype and not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""The memory shared by all adapted layers of a model, and the routing over it.
+"""The memory shared by all adapted layers of a model: atoms, router weights, and what one forward pass is told.
 
 Tensor letters: B batch, T tokens, D model width, R rank, M atoms, K key width, N blocks, E instruction embedding.
 ``...`` are the leading dimensions of a layer's input: (B, T) in a language model, (B,) in an MLP.
@@ -7,7 +7,6 @@ Tensor letters: B batch, T tokens, D model width, R rank, M atoms, K key width, 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,23 +14,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
-from qmemtune.adapters.queryable.context import AdapterPass, BoundCheckpoint, ContextHolder, ForwardContext
-from qmemtune.adapters.queryable.devices import float32, no_autocast
-from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, rows_of
-from qmemtune.adapters.queryable.routing import (
-    QUERY_EPS,
-    attend,
-    normed_state,
-    own_atoms,
-    rms_norm,
-    routed_operator,
-    stack_states,
-    top_k_softmax,
-)
+from qmemtune.adapters.queryable.context import BoundCheckpoint, ContextHolder
+from qmemtune.adapters.queryable.devices import float32
 
 RouteObserver = Callable[[str, int, Tensor, Tensor | None], None]
 """Called with adapter, block, route (..., M) and token mask (B, T) each time a route is formed."""
@@ -73,7 +60,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self._checkpointed: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
         self._anchor: tuple[nn.Module, ...] = ()
-        self._warned_prior = False
+        self.warned_prior = False
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -165,61 +152,6 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
 
     # --- routing ------------------------------------------------------------------------------------------------
 
-    def route(self, name: str, block: int, z: Tensor, context: ForwardContext, state: AdapterPass) -> Tensor:
-        """Form the route of a block and the routed operator of its tokens.
-
-        Args:
-            name: adapter.
-            block: index of the block.
-            z: low-rank state of the block's first layer, (..., R), any float type; routing computes in float32.
-
-        Returns:
-            ``C = I + sum_m w_m Delta_m``, (..., R, R), float32.
-        """
-        config = self.configs[name]
-        recording = not self.holder.recomputing
-        with no_autocast(z.device):
-            normed = self._pooled(config, rms_norm(z.float()), context)
-            projection, offset = self.queryable_query[name][block], self.queryable_block[name][block]
-            query = F.linear(normed, float32(projection, z), float32(offset, z))
-            if name in self.queryable_summary:
-                # Recomputation meets the states of later blocks too; a route reads those that ran before it.
-                earlier = state.states[: state.earlier.setdefault(block, len(state.states))]
-                if earlier:
-                    query = query + attend(query, stack_states(earlier, query))
-            key = float32(self.queryable_key[name], z)
-            if config.router_norm:
-                query, key = rms_norm(query, QUERY_EPS), rms_norm(key)
-            logits = F.linear(query, key)
-            logits = logits * (config.temperature / math.sqrt(config.key_dim))
-            if not config.shared_atoms:
-                logits = own_atoms(
-                    logits, block, self.num_blocks(name), 0.0 if config.generated_core else float("-inf")
-                )
-            if config.has_prior:
-                # Once a block, though the same for all: so recomputation of any one layer meets the same tensors.
-                prior = self._log_prior(name, z, context)
-                if config.has_prior_kl:
-                    divergence = divergence_from_prior(logits, prior, context.token_mask)
-                    if recording:
-                        state.divergences.append(divergence)
-                logits = logits + config.current_prior * prior
-            weights = F.silu(logits) if config.generated_core else top_k_softmax(logits, config.top_k)
-            routed = routed_operator(weights, self.cores(name, z))
-            if config.granularity == "row":
-                weights, routed = weights.expand(*z.shape[:-1], -1), routed.expand(*z.shape[:-1], -1, -1)
-            summary = None
-            if name in self.queryable_summary and block < self.num_blocks(name) - 1:
-                normed = self._pooled(config, normed_state(z.float(), routed), context)
-                summary = F.linear(normed, float32(self.queryable_summary[name], z))
-        if recording:
-            state.routed[block] = routed
-            if summary is not None:
-                state.states.append(summary)
-            if self.observer is not None:
-                self.observer(name, block, weights.detach(), context.token_mask)
-        return routed
-
     def cores(self, name: str, like: Tensor) -> Tensor:
         """The cores as they act, (M, R, R), float32 on the device of ``like``: without their mean, if so configured.
 
@@ -232,18 +164,6 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         groups = 1 if config.shared_atoms else self.num_blocks(name)
         grouped = core.unflatten(0, (groups, -1))
         return (grouped - grouped.mean(dim=1, keepdim=True)).flatten(0, 1)
-
-    def _pooled(self, config: QueryableMemoryConfig, states: Tensor, context: ForwardContext) -> Tensor:
-        """States (B, T, R) as they are, or their mean over each row's prompt, (B, 1, R)."""
-        if config.granularity == "token":
-            return states
-        prompt = context.prompt_mask
-        if prompt is None or prompt.shape != states.shape[:-1]:
-            raise RuntimeError(
-                "granularity='row' needs to know each row's prompt: it is for losses of studies, not for generation"
-            )
-        share = prompt.to(states) / prompt.sum(dim=-1, keepdim=True).clamp_min(1)
-        return (share.unsqueeze(-2) @ states).contiguous()
 
     @contextmanager
     def prompted(self, prompt_mask: Tensor) -> Iterator[None]:
@@ -271,31 +191,6 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
             yield
         finally:
             self.instruction, self.instruction_rows = saved
-
-    def _log_prior(self, name: str, z: Tensor, context: ForwardContext) -> Tensor:
-        """``log p(m | u)`` for the tokens of ``z`` (B, ..., R); zeros, hence no effect, without instruction.
-
-        Returns:
-            (B, 1..., M), one for each row; of packed rows one for each token, (B, ..., M).
-        """
-        given = context.instruction
-        projection = float32(self.queryable_prior_projection[name], z)
-        key = float32(self.queryable_prior_key[name], z)
-        given = given.get(name) if isinstance(given, Mapping) else given
-        if given is None:
-            if self.training and not self._warned_prior:
-                self._warned_prior = True
-                warnings.warn(
-                    "the instruction prior has no effect in this training: no instruction reaches the adapter",
-                    stacklevel=2,
-                )
-            given = projection.new_zeros(1, projection.shape[1])
-        given, temperature = given.to(projection), self.configs[name].current_prior_temperature
-        if context.instruction_rows is not None:
-            prior = log_prior(given, projection, key, temperature)
-            return prior[context.instruction_rows.to(prior.device)].view(*z.shape[:-1], -1)
-        prior = log_prior(rows_of(given, z.shape[0]), projection, key, temperature)
-        return prior.view(prior.shape[0], *[1] * (z.dim() - 2), prior.shape[-1])
 
     # --- PEFT ---------------------------------------------------------------------------------------------------
 

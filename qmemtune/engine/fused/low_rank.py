@@ -100,7 +100,8 @@ def low_rank_forward(module: Any) -> Callable[..., Tensor] | None:
     plain = module.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled() and not args and not kwargs and not module.disable_adapters and not module.merged:
+        ordinary = torch.is_grad_enabled() and not args and not kwargs and x.device.type == "cpu"
+        if ordinary and not module.disable_adapters and not module.merged:
             kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             weight = weight_of(kind)
             names = [name for name in module.active_adapters if name in module.scaling]

@@ -68,7 +68,7 @@ def norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     plain = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not x.requires_grad or x.dtype != weight.dtype:
+        if not torch.is_grad_enabled() or not x.requires_grad or x.dtype != weight.dtype or x.device.type != "cpu":
             result: Tensor = plain(x)
             return result
         return fused_norm(x, weight, eps)

@@ -32,6 +32,9 @@ benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives every tens
 measured within 1 % of the estimate without this part."""
 INT8_HOLES = 1.6
 """Bytes a weight that loading an 8-bit base leaves in the heap for a while; measured on SmolLM2-135M."""
+WAITING = 2 / 3
+"""Share of a 4-bit base's layers that are read but not yet quantised when loading takes most: threads read while one
+quantises. Fitted to two configurations of benchmarks/memory.py; it differs from run to run."""
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 """Environment variable: from so many bytes on glibc gives memory back as soon as it is freed."""
 SMALL_THRESHOLD = 2**20
@@ -191,8 +194,8 @@ class RunMemory:
         self.base_weights = base_bytes(base, quantised, quantization, self.dtype.itemsize)
         self.stored = stored_bytes(config.model.path) or self.base_parameters * 2
         small = sum(layer.weight.numel() for layer in quantised)
-        self.holes = INT8_HOLES * small if quantization.kind == "int8" else 0.0
         copies = small * self.dtype.itemsize
+        self.holes = INT8_HOLES * small if quantization.kind == "int8" else WAITING * copies
         has_copies = (
             self.on_cpu
             and quantization.kind in ("nf4", "fp4")

@@ -14,7 +14,7 @@ QUERYABLE = (
     "adapter.temperature=2",
     "adapter.init_core_std=0.2",
     "adapter.memory_learning_rate_multiplier=1",
-    # Best of the grid on seeds 0 to 2, as LoRA's below.
+    # From single runs on seed 0, as LoRA's below; the grid tells more.
     "optimizer.learning_rate=1.6e-2",
 )
 LORA = ("adapter=lora", "optimizer.learning_rate=2.4e-2")
@@ -27,7 +27,7 @@ STUDY = dataclasses.replace(
     about=(
         "SmolLM2-135M on an NF4 base learns four made-up commands, each of which replaces every word of a list by "
         "another one. Only q_proj and v_proj of the last three layers are adapted. LoRA has the smallest rank with at "
-        "least the memory's trainable parameters; each variant has the learning rate that was best for it."
+        "least the memory's trainable parameters."
     ),
     overrides=(
         "data.path=generated:word_codes",
