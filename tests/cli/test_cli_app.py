@@ -96,7 +96,11 @@ def test_key_given_as_an_option_is_explained(run):
 )
 def test_options_of_other_tools_are_answered_with_ours(run, option, fix):
     result = run("train", option, "x")
-    assert (result.code, result.err) == (2, f"error: No such option: {option} -> {fix}\n")
+    # How the first half is worded is Click's, and differs between its versions.
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith("error: No such option")
+    assert option in result.err
+    assert result.err.endswith(f" -> {fix}\n")
 
 
 def test_an_estimate_without_a_model_asks_for_one(run):
