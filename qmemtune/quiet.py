@@ -59,7 +59,7 @@ def as_here() -> bool:
 
 
 def like_parent(silenced: bool) -> None:
-    """Silence libraries in a new process if they are in the one that started it; they may be imported already.
+    """Silence libraries in a new process, before it imports them, if they are in the one that started it.
 
     Args:
         silenced: :func:`as_here` there.
@@ -67,7 +67,6 @@ def like_parent(silenced: bool) -> None:
     if silenced:
         # Where a terminal may show bars of downloads has been settled in the environment.
         silence(debug=False, quiet=False)
-        hide_loading_bars()
 
 
 def hide_loading_bars() -> None:

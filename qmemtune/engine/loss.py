@@ -85,7 +85,7 @@ class PlainHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
         rows = min(len(hidden_ND), max(1, BUFFER_BYTES // (4 * len(weight_VD))))
         low = hidden_ND.new_empty(rows, len(weight_VD))
-        wide = low if low.dtype == torch.float32 else low.to(torch.float32)
+        wide = low if low.dtype == torch.float32 else torch.empty_like(low, dtype=torch.float32)
         gradient_ND = torch.empty_like(hidden_ND)
         losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         start = 0
@@ -108,10 +108,8 @@ class PlainHeadLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient_ND)
         return -losses_N.sum()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND * grads[0]).to(gradient_ND.dtype), None, None, None
+    # Both keep the gradient and nothing else.
+    backward = staticmethod(FrozenHeadLoss.backward)
 
 
 def has_plain_head(head: nn.Module, transform: Transform, hidden: Tensor) -> bool:

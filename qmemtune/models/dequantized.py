@@ -80,7 +80,7 @@ def is_4bit_on_cpu(module: nn.Module) -> bool:
 def dequantized_weight(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor | None:
     """The weight of a layer for which :func:`is_4bit_on_cpu` holds, (out_features, in_features), made anew; None where
     the layer multiplies inputs of this type in another one."""
-    if layer.compute_type_is_set and layer.compute_dtype not in (None, dtype):
+    if compute_dtype(layer, dtype) != dtype:
         return None
     # Not as an inference tensor, whatever the caller's mode: a backward pass may need it later.
     with torch.inference_mode(False), torch.no_grad():
@@ -99,7 +99,7 @@ class DequantizedProduct:
         self._weights: dict[torch.dtype, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = compute_dtype(self.layer, x)
+        dtype = compute_dtype(self.layer, x.dtype)
         bias = None if self.layer.bias is None else self.layer.bias.to(dtype)
         weight = self.weight_in(dtype)
         assert weight is not None
@@ -115,11 +115,11 @@ class DequantizedProduct:
         return self._weights[dtype]
 
 
-def compute_dtype(layer: bnb.nn.Linear4bit, x: torch.Tensor) -> torch.dtype:
-    """What the layer would compute in; unlike the layer's own forward, this does not fix it for later calls."""
-    if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
-        return x.dtype
-    return layer.compute_dtype or x.dtype
+def compute_dtype(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.dtype:
+    """What the layer computes in for inputs of a type; unlike its own forward, this does not fix it for later calls."""
+    if not layer.compute_type_is_set and dtype in (torch.float32, torch.bfloat16):
+        return dtype
+    return layer.compute_dtype or dtype
 
 
 def copy_dtype(layer: bnb.nn.Linear4bit) -> torch.dtype:

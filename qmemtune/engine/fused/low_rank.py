@@ -88,9 +88,9 @@ def low_rank_forward(module: Any) -> Callable[..., Tensor] | None:
     go through the layer's own forward.
     """
     if isinstance(module, QueryableLinear):
-        adapted = _queryable
+        fits, adapted = _queryable_fits, _queryable
     elif isinstance(module, LoraLayer) and (isinstance(module, LoraLinear) or type(module).__name__ == "Linear4bit"):
-        adapted = _lora
+        fits, adapted = _lora_fits, _lora
     else:
         return None
     base: Any = module.base_layer
@@ -101,41 +101,41 @@ def low_rank_forward(module: Any) -> Callable[..., Tensor] | None:
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ordinary = torch.is_grad_enabled() and not args and not kwargs and x.device.type == "cpu"
-        if ordinary and not module.disable_adapters and not module.merged:
-            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            weight = weight_of(kind)
+        if ordinary and x.is_floating_point() and x.dim() > 1 and not module.disable_adapters and not module.merged:
             names = [name for name in module.active_adapters if name in module.scaling]
-            if weight is not None and len(names) == 1 and x.is_floating_point() and x.dim() > 1:
+            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            # The weight last: some make it anew.
+            if len(names) == 1 and fits(module, names[0]) and (weight := weight_of(kind)) is not None:
                 bias = None if base.bias is None else base.bias.to(kind)
-                result = adapted(module, names[0], x.to(kind), weight_of, weight, bias)
-                if result is not None:
-                    return result
+                updated = adapted(module, names[0], x.to(kind), weight_of, weight, bias)
+                return updated.unflatten(0, x.shape[:-1])
         own: Tensor = plain(x, *args, **kwargs)
         return own
 
     return forward
 
 
-def _lora(layer: Any, name: str, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def _lora_fits(layer: Any, name: str) -> bool:
     dropout = layer.lora_dropout[name]
-    if name in layer.lora_variant or layer.lora_bias[name] or getattr(layer, "fan_in_fan_out", False):
-        return None
-    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and layer.training:
-        return None
+    drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and layer.training
+    other = name in layer.lora_variant or layer.lora_bias[name] or getattr(layer, "fan_in_fan_out", False)
+    return not drops and not other
+
+
+def _lora(layer: Any, name: str, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None) -> Tensor:
     result, state = _BaseAndState.apply(x.flatten(0, -2), weight_of, weight, bias, layer.lora_A[name].weight)
     updated: Tensor = _AddLowRank.apply(result, state, layer.lora_B[name].weight, layer.scaling[name])
-    return updated.unflatten(0, x.shape[:-1])
+    return updated
 
 
-def _queryable(
-    layer: Any, name: str, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None
-) -> Tensor | None:
-    if layer.dropout[name] and layer.training:
-        return None
+def _queryable_fits(layer: Any, name: str) -> bool:
+    return not (layer.dropout[name] and layer.training)
+
+
+def _queryable(layer: Any, name: str, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None) -> Tensor:
     result, state = _BaseAndState.apply(x.flatten(0, -2), weight_of, weight, bias, layer.queryable_A[name].weight)
     state = state.unflatten(0, x.shape[:-1])
-    updated = add_update(result, state, layer.routed(name, state), layer.queryable_B[name].weight, layer.scaling[name])
-    return updated.unflatten(0, x.shape[:-1])
+    return add_update(result, state, layer.routed(name, state), layer.queryable_B[name].weight, layer.scaling[name])
 
 
 def _weight_of(base: Any) -> WeightOf | None:

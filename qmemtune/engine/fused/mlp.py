@@ -47,8 +47,7 @@ def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         if not torch.is_grad_enabled() or x.device.type != "cpu":
             result: Tensor = plain(x)
             return result
-        gate, up = module.gate_proj(x), module.up_proj(x)  # type: ignore[operator]
-        hidden = _GatedUnit.apply(gate, up) if gate.requires_grad or up.requires_grad else F.silu(gate) * up
+        hidden = _GatedUnit.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[operator]
         down: Tensor = module.down_proj(hidden)  # type: ignore[operator]
         return down
 
