@@ -127,7 +127,7 @@ def _add_moments(
         return
     with no_autocast(args[0].device):
         z = F.linear(args[0].float(), layer.queryable_A[name].weight.float())
-        change = routed_product(layer.routed(name, z), z) - z
+        change = routed_product(layer.routed(name, args[0], z), z) - z
     context = layer.memory.holder.current
     mask = None if context is None else context.token_mask
     z, change = z.flatten(0, -2).double(), change.flatten(0, -2).double()

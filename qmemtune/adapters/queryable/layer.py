@@ -107,16 +107,20 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         """
         weight_a, weight_b = self.queryable_A[name].weight, self.queryable_B[name].weight
         dropout = self.dropout[name]
-        if dropout and self.training:
-            x = F.dropout(x, dropout)
-        z = F.linear(x if x.dtype == weight_a.dtype else self._cast_input_dtype(x, weight_a.dtype), weight_a)
-        routed = self.routed(name, z)
+        kept = F.dropout(x, dropout) if dropout and self.training else x
+        z = F.linear(kept if x.dtype == weight_a.dtype else self._cast_input_dtype(kept, weight_a.dtype), weight_a)
+        routed = self.routed(name, x, z)
         if torch.is_grad_enabled():
             return add_update(result, z, routed, weight_b, self.scaling[name])
         return add_update_without_gradient(result, z, routed, weight_b, self.scaling[name])
 
-    def routed(self, name: str, z: Tensor) -> Tensor:
-        """The routed operator of this layer's block, formed here if this layer runs first, (..., R, R)."""
+    def routed(self, name: str, x: Tensor, z: Tensor) -> Tensor:
+        """The routed operator of this layer's block, formed here if this layer runs first, (..., R, R).
+
+        Args:
+            x: input of the layer, (..., in_features).
+            z: its low-rank state, (..., R).
+        """
         memory, block = self.memory, self.block[name]
         state = memory.holder.pass_of(name)
         context = memory.holder.current
@@ -125,7 +129,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         # When a checkpointed layer is computed again, autograd expects the same tensors to be saved in the same order:
         # the layer that formed the route forms it again, the others take the one of their forward pass.
         if block not in state.routed or (memory.holder.recomputing and owner == id(self)):
-            routed = form_route(memory, name, block, z, context, state)
+            routed = form_route(memory, name, block, x, z, context, state)
         else:
             routed = state.routed[block]
         if z.dtype != routed.dtype and not torch.is_grad_enabled():

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.context import BoundCheckpoint, ContextHolder
 from qmemtune.adapters.queryable.devices import float32
+from qmemtune.adapters.queryable.sketch import InputSketch
 
 RouteObserver = Callable[[str, int, Tensor, Tensor | None], None]
 """Called with adapter, block, route (..., M) and token mask (B, T) each time a route is formed."""
@@ -28,6 +29,7 @@ MEMORY_NAME = "adapter_memory"
 
 PER_ADAPTER = ("queryable_core", "queryable_key", "queryable_query", "queryable_block")
 SUMMARY = "queryable_summary"
+INPUT = "queryable_input"
 PRIOR = ("queryable_prior_projection", "queryable_prior_key")
 
 
@@ -40,16 +42,18 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
 
     Shapes, each in a dictionary by adapter name: core (M, R, R); key (M, K); query (N, K, R), one query projection a
     block; block (N, K), one offset a block; summary (K, R), absent without depth summary; prior_projection (K, E) and
-    prior_key (M, K), absent without instruction prior.
+    prior_key (M, K), absent without instruction prior. With ``query_sketch`` S queries are (N, K, S), and input holds
+    the statistics of what they read.
     """
 
     adapter_layer_names = (*PER_ADAPTER, SUMMARY, *PRIOR)
-    other_param_names = ()
+    other_param_names = (INPUT,)
 
     def __init__(self) -> None:
         super().__init__()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.queryable_input = nn.ModuleDict()
         self.configs: dict[str, QueryableMemoryConfig] = {}
         self.holder = ContextHolder()
         self.observer: RouteObserver | None = None
@@ -73,8 +77,10 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self.configs[name] = config
         self.queryable_core[name] = nn.Parameter(torch.randn(m, r, r) * config.init_core_std)
         self.queryable_key[name] = nn.Parameter(torch.randn(m, k))
-        self.queryable_query[name] = nn.Parameter(torch.empty(0, k, r))
+        self.queryable_query[name] = nn.Parameter(torch.empty(0, k, config.query_sketch or r))
         self.queryable_block[name] = nn.Parameter(torch.empty(0, k))
+        if config.query_sketch:
+            self.queryable_input[name] = InputSketch(config.query_sketch)
         if config.has_prior:
             assert config.prior_dim is not None, "the tuner fills prior_dim before the memory is made"
             e = config.prior_dim
@@ -86,9 +92,12 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         config = self.configs[name]
         k, r = config.key_dim, config.r
         query, block = self.queryable_query[name], self.queryable_block[name]
-        new_query = torch.randn(1, k, r, device=query.device) / math.sqrt(r)
+        width = query.shape[-1]
+        new_query = torch.randn(1, k, width, device=query.device) / math.sqrt(width)
         self.queryable_query[name] = nn.Parameter(torch.cat([query.data, new_query]))
         self.queryable_block[name] = nn.Parameter(torch.cat([block.data, torch.zeros(1, k, device=block.device)]))
+        if config.query_sketch:
+            self.queryable_input[name].add_block()
         # A single block has nothing to summarise; an unused parameter would break data-parallel training.
         if config.depth_summary and len(self.queryable_block[name]) == 2:
             self.queryable_summary[name] = nn.Parameter(torch.randn(k, r) / math.sqrt(r))
@@ -228,6 +237,8 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 values[adapter_name] = nn.Parameter(
                     values[adapter_name].data.to(device), requires_grad=values[adapter_name].requires_grad
                 )
+        if adapter_name in self.queryable_input and not self.queryable_input[adapter_name].mean.is_meta:
+            self.queryable_input[adapter_name].to(device)
 
 
 NOT_MERGEABLE = (

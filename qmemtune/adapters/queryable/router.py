@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def form_route(
-    memory: QueryableMemory, name: str, block: int, z: Tensor, context: ForwardContext, state: AdapterPass
+    memory: QueryableMemory, name: str, block: int, x: Tensor, z: Tensor, context: ForwardContext, state: AdapterPass
 ) -> Tensor:
     """Form the route of a block and the routed operator of its tokens.
 
@@ -42,6 +43,7 @@ def form_route(
         memory: the model's.
         name: adapter.
         block: index of the block.
+        x: input of the block's first layer, (..., D).
         z: low-rank state of the block's first layer, (..., R), any float type; routing computes in float32.
 
     Returns:
@@ -50,7 +52,8 @@ def form_route(
     config = memory.configs[name]
     recording = not memory.holder.recomputing
     with no_autocast(z.device):
-        normed = pooled(config, rms_norm(z.float()), context)
+        read = z.float() if not config.query_sketch else sketched(memory, name, block, x, context)
+        normed = pooled(config, rms_norm(read), context)
         projection, offset = memory.queryable_query[name][block], memory.queryable_block[name][block]
         query = F.linear(normed, float32(projection, z), float32(offset, z))
         if name in memory.queryable_summary:
@@ -88,6 +91,13 @@ def form_route(
         if memory.observer is not None:
             memory.observer(name, block, weights.detach(), context.token_mask)
     return routed
+
+
+def sketched(memory: QueryableMemory, name: str, block: int, x: Tensor, context: ForwardContext) -> Tensor:
+    """The sketch of a block's input, (..., S); a training pass measures what is to be taken out of it."""
+    measure = memory.training and torch.is_grad_enabled()
+    features: Tensor = memory.queryable_input[name](block, x, context.token_mask, measure)
+    return features
 
 
 def pooled(config: QueryableMemoryConfig, states: Tensor, context: ForwardContext) -> Tensor:

@@ -135,7 +135,8 @@ def _queryable_fits(layer: Any, name: str) -> bool:
 def _queryable(layer: Any, name: str, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None) -> Tensor:
     result, state = _BaseAndState.apply(x.flatten(0, -2), weight_of, weight, bias, layer.queryable_A[name].weight)
     state = state.unflatten(0, x.shape[:-1])
-    return add_update(result, state, layer.routed(name, state), layer.queryable_B[name].weight, layer.scaling[name])
+    routed = layer.routed(name, x, state)
+    return add_update(result, state, routed, layer.queryable_B[name].weight, layer.scaling[name])
 
 
 def _weight_of(base: Any) -> WeightOf | None:
