@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def study(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="regression, instructions, instruction_prior, gsm8k or ablations.")
+        str,
+        typer.Argument(metavar="NAME", help="regression, instructions, codes, instruction_prior, gsm8k or ablations."),
     ],
     overrides: Annotated[
         list[str] | None,

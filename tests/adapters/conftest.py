@@ -188,6 +188,9 @@ def stir(model: nn.Module, seed: int = 1) -> None:
                 continue
             scale = 0.15 if "queryable_A" in name or "queryable_B" in name else 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        for name, buffer in model.named_buffers():
+            if "queryable_input" in name:
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
 
 
 @pytest.fixture(autouse=True)

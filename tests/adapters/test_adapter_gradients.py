@@ -24,6 +24,7 @@ VARIANTS = {
     "no-summary": {"depth_summary": False},
     "plain-routes": {"router_norm": False, "center_cores": False},
     "own-atoms": {"shared_atoms": False},
+    "sketch": {"query_sketch": 12},
 }
 
 
@@ -67,7 +68,7 @@ def same(found, expected, tolerance=1e-5):
     assert any(value.abs().max() > 1e-3 for name, value in expected.items() if "queryable_query" in name)
 
 
-@pytest.mark.parametrize("name", ["two-layers-a-block", "uneven-blocks", "prior"])
+@pytest.mark.parametrize("name", ["two-layers-a-block", "uneven-blocks", "prior", "sketch"])
 def test_checkpointing_keeps_the_gradients(family, name):
     variant = VARIANTS[name]
     model, ids = family.adapted(**variant).train(), family.tokens(3, 9)

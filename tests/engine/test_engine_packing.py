@@ -36,6 +36,7 @@ ADAPTERS = {
     "lora": LoraConfig(r=4),
     "queryable": QueryableConfig(**MEMORY),
     "prior": QueryableConfig(**MEMORY, instruction_prior=1.0),
+    "sketch": QueryableConfig(**MEMORY, query_sketch=8),
 }
 
 
