@@ -78,6 +78,8 @@ def refuse_too_far(job: Export, what: str, measured: Mapping[str, Any] | None) -
         return
     if not config.force:
         exact = "export.format=live is exact" if not config.is_live else "is the base the one that was trained on?"
+        if config.format == "merged" and job.config.quantization.kind != "none" and config.base != "auto":
+            exact += f"; export.base={config.base} was given, auto takes the base that loses less"
         raise RunFailed(
             f"the export is too far from the live model and was not kept: {'; '.join(reasons)}",
             where=what,

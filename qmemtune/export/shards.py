@@ -1,8 +1,4 @@
-"""Safetensors files read and written piece by piece: never a whole tensor in memory, let alone a whole file.
-
-The format: eight bytes with the length of the header, the header (JSON: name -> dtype, shape, offsets), the values.
-Source: https://github.com/huggingface/safetensors#format.
-"""
+"""Safetensors files read and written piece by piece: never a whole tensor in memory, let alone a whole file."""
 
 from __future__ import annotations
 
@@ -23,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qmemtune.errors import RunFailed, UserError
+from qmemtune.models.tensor_files import read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -95,30 +92,13 @@ def read_shard(path: Path) -> Shard:
         UserError: not a whole safetensors file, or one with a data type that cannot be merged into.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > os.fstat(file.fileno()).st_size:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(file.read(length))
-            size = os.fstat(file.fileno()).st_size
-        metadata = header.pop("__metadata__", {})
-        start = 8 + length
-        tensors = [
-            Stored(
-                name,
-                DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                start + entry["data_offsets"][0],
-                start + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        ]
-        if any(tensor.end > size for tensor in tensors):
-            raise ValueError("it ends before its last tensor")
-    except KeyError as error:
-        raise UserError(f"a data type that cannot be merged into: {error}", where=str(path)) from error
-    except (ValueError, struct.error) as error:
+        metadata, entries = read_header(path)
+    except ValueError as error:
         raise UserError(f"not a whole safetensors file: {error}", where=str(path), fix="is the copy whole?") from error
+    unknown = sorted({entry.dtype for entry in entries} - DTYPES.keys())
+    if unknown:
+        raise UserError(f"a data type that cannot be merged into: {unknown[0]}", where=str(path))
+    tensors = [Stored(entry.name, DTYPES[entry.dtype], entry.shape, entry.begin, entry.end) for entry in entries]
     return Shard(path, metadata, sorted(tensors, key=lambda tensor: tensor.begin))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +12,7 @@ from qmemtune.config.missing import MISSING
 from qmemtune.config.model import ModelConfig
 from qmemtune.models.configs import read_config
 from qmemtune.models.sources import GENERATED, INDEX, resolve, weight_files
+from qmemtune.models.tensor_files import read_header
 
 SINGLE = "model.safetensors"
 WHOLE = 1 << 28
@@ -100,19 +99,14 @@ def stored_in(folder: Path) -> list[Path]:
 
 def tensors_of(file: Path) -> Iterator[tuple[str, tuple[str, int, int]]]:
     """Name, type and shape, first byte and end of each tensor of a file; one that is none counts as a single tensor."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, size)))
-            start = 8 + length
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    begin, end = entry["data_offsets"]
-                    yield name, (f"{entry['dtype']}{entry['shape']}", start + begin, start + end)
-        except (ValueError, TypeError, KeyError, AttributeError, struct.error):
-            # Loading tells what is wrong with it.
-            yield os.fspath(file.name), ("", 0, size)
+    try:
+        _, entries = read_header(file)
+    except ValueError:
+        # Loading tells what is wrong with it.
+        yield file.name, ("", 0, file.stat().st_size)
+        return
+    for entry in entries:
+        yield entry.name, (f"{entry.dtype}{list(entry.shape)}", entry.begin, entry.end)
 
 
 def pieces(begin: int, end: int) -> Iterator[tuple[int, int]]:

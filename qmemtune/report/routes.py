@@ -51,7 +51,7 @@ def heat_map(figure: Figure, axes: Axes, use: list[list[float]], labels: list[st
     axes.set_yticks(range(len(labels)), labels)
     atom_ticks(axes, len(use[0]))
     axes.set_ylabel(name)
-    axes.set_title("mean weight of each atom", fontsize=10)
+    axes.set_title(f"mean weight of each atom by {name.partition(' ')[0]}", fontsize=10)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
 
 
