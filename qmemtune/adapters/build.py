@@ -91,7 +91,7 @@ def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
         temperature=config.temperature,
         router_norm=config.router_norm,
         center_cores=config.center_cores,
-        query_sketch=config.query_sketch,
+        center_queries=config.center_queries,
         depth_summary=config.depth_summary,
         granularity=config.granularity,
         shared_atoms=config.shared_atoms,

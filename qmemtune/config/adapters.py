@@ -59,9 +59,9 @@ class QueryableConfig(AdapterConfig):
     collapse at high learning rates."""
     center_cores: bool = True
     """Take the atoms' mean out of their cores: what all atoms share, the factors of each layer can do themselves."""
-    query_sketch: int = 0
-    """Width of a fixed sketch of each block's input, less its mean, that queries read in place of the low-rank state;
-    0: they read that state."""
+    center_queries: bool = True
+    """Queries read the low-rank state less that of the block's mean input (of the first training pass); without it all
+    tokens' queries point much the same way."""
     depth_summary: bool = True
     """Let later blocks attend over the states of earlier ones."""
     granularity: Literal["token", "row"] = "token"

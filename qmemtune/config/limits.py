@@ -78,7 +78,6 @@ NOT_NEGATIVE = (
 )
 NOT_NEGATIVE_QUERYABLE = (
     "adapter.init_core_std",
-    "adapter.query_sketch",
     "adapter.core_weight_decay",
     "adapter.instruction_prior",
     "adapter.prior_kl",

@@ -190,7 +190,7 @@ def stir(model: nn.Module, seed: int = 1) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         for name, buffer in model.named_buffers():
             if "queryable_input" in name:
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-5
-OPTIONS = [{}, {"top_k": 2}, {"block_size": 1}, {"query_sketch": 12}]
+OPTIONS = [{}, {"top_k": 2}, {"block_size": 1}, {"center_queries": False}]
 
 
-@pytest.fixture(params=OPTIONS, ids=["all-atoms", "top-2", "a-block-a-layer", "sketch"])
+@pytest.fixture(params=OPTIONS, ids=["all-atoms", "top-2", "a-block-a-layer", "not-centred"])
 def model(request, family):
     return family.adapted(**request.param)
 

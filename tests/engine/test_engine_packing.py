@@ -36,7 +36,6 @@ ADAPTERS = {
     "lora": LoraConfig(r=4),
     "queryable": QueryableConfig(**MEMORY),
     "prior": QueryableConfig(**MEMORY, instruction_prior=1.0),
-    "sketch": QueryableConfig(**MEMORY, query_sketch=8),
 }
 
 

@@ -55,9 +55,9 @@ class QueryableMemoryConfig(PeftConfig):
         default=None,
         metadata={"help": "Take the atoms' mean out of their cores: A and B can do that themselves; on if None."},
     )
-    query_sketch: int = field(
-        default=0,
-        metadata={"help": "Width of a fixed, centred sketch of a block's input that its query reads; 0: reads A x."},
+    center_queries: bool | None = field(
+        default=None,
+        metadata={"help": "Queries read A (x - mean x) with the mean of the first training pass, not A x; on if None."},
     )
     depth_summary: bool = field(default=True, metadata={"help": "Queries attend over the states of earlier blocks."})
     init_core_std: float = field(default=0.02, metadata={"help": "Standard deviation of the cores at the start."})
@@ -102,7 +102,7 @@ class QueryableMemoryConfig(PeftConfig):
     def __post_init__(self) -> None:
         # A saved adapter names its version; one that does not name these options is older than they are.
         is_older = self.peft_version is not None
-        for name in ("router_norm", "center_cores"):
+        for name in ("router_norm", "center_cores", "center_queries"):
             if getattr(self, name) is None:
                 setattr(self, name, not is_older)
         super().__post_init__()
@@ -122,8 +122,6 @@ class QueryableMemoryConfig(PeftConfig):
         for name in ("r", "num_atoms", "key_dim", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.query_sketch < 0:
-            raise ValueError(f"query_sketch must not be negative, got {self.query_sketch}")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_atoms:
             raise ValueError(f"top_k must be between 1 and num_atoms ({self.num_atoms}), got {self.top_k}")
         if not 0.0 <= self.dropout < 1.0:

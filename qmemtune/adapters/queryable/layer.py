@@ -129,7 +129,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         # When a checkpointed layer is computed again, autograd expects the same tensors to be saved in the same order:
         # the layer that formed the route forms it again, the others take the one of their forward pass.
         if block not in state.routed or (memory.holder.recomputing and owner == id(self)):
-            routed = form_route(memory, name, block, x, z, context, state)
+            routed = form_route(memory, name, block, x, z, self.queryable_A[name].weight, context, state)
         else:
             routed = state.routed[block]
         if z.dtype != routed.dtype and not torch.is_grad_enabled():
@@ -157,6 +157,12 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "queryable." + super().__repr__()
+
+
+def input_width(base: Any) -> int:
+    """Input features of a supported layer."""
+    width: int = base.weight.shape[0] if isinstance(base, Conv1D) else base.in_features
+    return width
 
 
 def supported(module: nn.Module) -> bool:

@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qmemtune.adapters.queryable.centering import InputMeans
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.context import BoundCheckpoint, ContextHolder
 from qmemtune.adapters.queryable.devices import float32
-from qmemtune.adapters.queryable.sketch import InputSketch
 
 RouteObserver = Callable[[str, int, Tensor, Tensor | None], None]
 """Called with adapter, block, route (..., M) and token mask (B, T) each time a route is formed."""
@@ -42,8 +42,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
 
     Shapes, each in a dictionary by adapter name: core (M, R, R); key (M, K); query (N, K, R), one query projection a
     block; block (N, K), one offset a block; summary (K, R), absent without depth summary; prior_projection (K, E) and
-    prior_key (M, K), absent without instruction prior. With ``query_sketch`` S queries are (N, K, S), and input holds
-    the statistics of what they read.
+    prior_key (M, K), absent without instruction prior; with ``center_queries`` input holds the blocks' mean inputs.
     """
 
     adapter_layer_names = (*PER_ADAPTER, SUMMARY, *PRIOR)
@@ -77,27 +76,30 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         self.configs[name] = config
         self.queryable_core[name] = nn.Parameter(torch.randn(m, r, r) * config.init_core_std)
         self.queryable_key[name] = nn.Parameter(torch.randn(m, k))
-        self.queryable_query[name] = nn.Parameter(torch.empty(0, k, config.query_sketch or r))
+        self.queryable_query[name] = nn.Parameter(torch.empty(0, k, r))
         self.queryable_block[name] = nn.Parameter(torch.empty(0, k))
-        if config.query_sketch:
-            self.queryable_input[name] = InputSketch(config.query_sketch)
+        if config.center_queries:
+            self.queryable_input[name] = InputMeans()
         if config.has_prior:
             assert config.prior_dim is not None, "the tuner fills prior_dim before the memory is made"
             e = config.prior_dim
             self.queryable_prior_projection[name] = nn.Parameter(torch.randn(k, e))
             self.queryable_prior_key[name] = nn.Parameter(torch.randn(m, k) * 0.1)
 
-    def add_block(self, name: str) -> None:
-        """Add one block's query projection, and from the second block on the depth summary's projection."""
+    def add_block(self, name: str, input_width: int) -> None:
+        """Add one block's query projection, and from the second block on the depth summary's projection.
+
+        Args:
+            input_width: input features of the block's first layer.
+        """
         config = self.configs[name]
         k, r = config.key_dim, config.r
         query, block = self.queryable_query[name], self.queryable_block[name]
-        width = query.shape[-1]
-        new_query = torch.randn(1, k, width, device=query.device) / math.sqrt(width)
+        new_query = torch.randn(1, k, r, device=query.device) / math.sqrt(r)
         self.queryable_query[name] = nn.Parameter(torch.cat([query.data, new_query]))
         self.queryable_block[name] = nn.Parameter(torch.cat([block.data, torch.zeros(1, k, device=block.device)]))
-        if config.query_sketch:
-            self.queryable_input[name].add_block()
+        if config.center_queries:
+            self.queryable_input[name].add_block(len(block.data), input_width)
         # A single block has nothing to summarise; an unused parameter would break data-parallel training.
         if config.depth_summary and len(self.queryable_block[name]) == 2:
             self.queryable_summary[name] = nn.Parameter(torch.randn(k, r) / math.sqrt(r))
@@ -237,7 +239,7 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 values[adapter_name] = nn.Parameter(
                     values[adapter_name].data.to(device), requires_grad=values[adapter_name].requires_grad
                 )
-        if adapter_name in self.queryable_input and not self.queryable_input[adapter_name].mean.is_meta:
+        if adapter_name in self.queryable_input and not any(m.is_meta for m in self.queryable_input.buffers()):
             self.queryable_input[adapter_name].to(device)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from qmemtune.adapters.queryable.blocks import BlockPlan, refuse_unroutable
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
-from qmemtune.adapters.queryable.layer import NOT_MIXABLE, QueryableLinear, supported
+from qmemtune.adapters.queryable.layer import NOT_MIXABLE, QueryableLinear, input_width, supported
 from qmemtune.adapters.queryable.memory import MEMORY_NAME, NOT_MERGEABLE, QueryableMemory
 from qmemtune.adapters.queryable.packing import keep_unpacked
 
@@ -72,7 +72,7 @@ class QueryableMemoryModel(BaseTuner):
             memory.add_adapter(adapter_name, peft_config)
         block = self._plan.block_of(current_key)
         while memory.num_blocks(adapter_name) < self._plan.num_blocks:
-            memory.add_block(adapter_name)
+            memory.add_block(adapter_name, input_width(base))
         if isinstance(target, QueryableLinear):
             target.update_layer(adapter_name, peft_config, block)
             return

@@ -1,7 +1,7 @@
 """Forms routes: a block's query, its logits over the atoms, the instruction prior, the routed operator.
 
-Tensor letters: B batch, T tokens, R rank, M atoms, K key width, N blocks, E instruction embedding. ``...`` are the
-leading dimensions of a layer's input: (B, T) in a language model, (B,) in an MLP.
+Tensor letters: B batch, T tokens, D input width, R rank, M atoms, K key width, N blocks, E instruction embedding.
+``...`` are the leading dimensions of a layer's input: (B, T) in a language model, (B,) in an MLP.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qmemtune.adapters.queryable.centering import centered
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.context import AdapterPass, ForwardContext
 from qmemtune.adapters.queryable.devices import float32, no_autocast
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
 
 
 def form_route(
-    memory: QueryableMemory, name: str, block: int, x: Tensor, z: Tensor, context: ForwardContext, state: AdapterPass
+    memory: QueryableMemory,
+    name: str,
+    block: int,
+    x: Tensor,
+    z: Tensor,
+    factor: Tensor,
+    context: ForwardContext,
+    state: AdapterPass,
 ) -> Tensor:
     """Form the route of a block and the routed operator of its tokens.
 
@@ -44,7 +52,8 @@ def form_route(
         name: adapter.
         block: index of the block.
         x: input of the block's first layer, (..., D).
-        z: low-rank state of the block's first layer, (..., R), any float type; routing computes in float32.
+        z: its low-rank state, (..., R), any float type; routing computes in float32.
+        factor: the A that made it, (R, D).
 
     Returns:
         ``C = I + sum_m w_m Delta_m``, (..., R, R), float32.
@@ -52,8 +61,7 @@ def form_route(
     config = memory.configs[name]
     recording = not memory.holder.recomputing
     with no_autocast(z.device):
-        read = z.float() if not config.query_sketch else sketched(memory, name, block, x, context)
-        normed = pooled(config, rms_norm(read), context)
+        normed = pooled(config, query_state(memory, name, block, x, z, factor, context), context)
         projection, offset = memory.queryable_query[name][block], memory.queryable_block[name][block]
         query = F.linear(normed, float32(projection, z), float32(offset, z))
         if name in memory.queryable_summary:
@@ -93,11 +101,16 @@ def form_route(
     return routed
 
 
-def sketched(memory: QueryableMemory, name: str, block: int, x: Tensor, context: ForwardContext) -> Tensor:
-    """The sketch of a block's input, (..., S); a training pass measures what is to be taken out of it."""
-    measure = memory.training and torch.is_grad_enabled()
-    features: Tensor = memory.queryable_input[name](block, x, context.token_mask, measure)
-    return features
+def query_state(
+    memory: QueryableMemory, name: str, block: int, x: Tensor, z: Tensor, factor: Tensor, context: ForwardContext
+) -> Tensor:
+    """What a block's query reads, (..., R): its low-rank state, less that of the mean input, of unit mean square."""
+    if not memory.configs[name].center_queries:
+        return rms_norm(z.float())
+    means = memory.queryable_input[name]
+    if memory.training and torch.is_grad_enabled() and not memory.holder.recomputing:
+        means.measure(block, x, context.token_mask)
+    return centered(z.float(), float32(means.of(block, x.shape[-1]), z), float32(factor, z))
 
 
 def pooled(config: QueryableMemoryConfig, states: Tensor, context: ForwardContext) -> Tensor:
