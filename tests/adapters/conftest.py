@@ -188,6 +188,7 @@ def stir(model: nn.Module, seed: int = 1) -> None:
                 continue
             scale = 0.15 if "queryable_A" in name or "queryable_B" in name else 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        generator.manual_seed(seed)
         for name, buffer in model.named_buffers():
             if "queryable_input" in name:
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)

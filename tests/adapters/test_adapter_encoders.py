@@ -124,9 +124,12 @@ def test_adapters_of_one_model_have_their_own_encoders(make_encoder, adapted, ll
     both.add_adapter("plain", llama.config())
     memory, b = llama.memory(both), adapted(prior_encoder=str(wide), prior_dim=24)
     weights = {n.replace(".default", ".b"): p for n, p in b.named_parameters() if "queryable_" in n}
+    means = {n.replace(".default", ".b"): m for n, m in b.named_buffers() if "queryable_" in n}
     with torch.no_grad():
         for parameter, value in weights.items():
             both.get_parameter(parameter).copy_(value)
+        for buffer, value in means.items():
+            both.get_buffer(buffer).copy_(value)
     with source.context(TEXTS):
         assert torch.equal(llama.logits(both, ids), alone["a"])
         both.set_adapter("b")

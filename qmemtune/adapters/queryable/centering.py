@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 ROUNDING = 1e-4
@@ -24,6 +24,10 @@ EPS = 1e-6
 
 class InputMeans(nn.Module):
     """Mean inputs, ``mean_0`` and so on, (D,): that of the first training pass over its real tokens; zero before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._met: set[int] = set()
 
     def add_block(self, block: int, width: int) -> None:
         """Add a block, or change the ``width`` of its inputs; its mean is to be measured."""
@@ -52,7 +56,12 @@ class InputMeans(nn.Module):
         weights = x.new_ones(1, len(rows), dtype=torch.float32)
         if mask is not None and mask.numel() == len(rows):
             weights = mask.to(weights).reshape(1, -1)
-        found = ((weights / weights.sum()).to(x.dtype) @ rows)[0].to(mean)
+        count = weights.sum()
+        found = ((weights / count).to(x.dtype) @ rows)[0].to(mean)
+        if block not in self._met and type(found) is Tensor:
+            # Processes that train together meet a block at the same time, each with rows of its own.
+            self._met.add(block)
+            found = over_all_processes(found, count)
         # A pass with overflow measures nothing: the next one will.
         take = found.isfinite().all() & ~mean.any()
         mean.copy_(torch.where(take, found, mean))
@@ -63,6 +72,15 @@ class InputMeans(nn.Module):
             if mean is not None and stored is not None and stored.shape != mean.shape:
                 self.register_buffer(name, mean.new_zeros(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def over_all_processes(mean: Tensor, count: Tensor) -> Tensor:
+    """The mean over the tokens of all processes, of each one's ``mean`` over ``count`` tokens."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return mean
+    total = torch.cat([mean * count.to(mean), count.to(mean).view(1)])
+    distributed.all_reduce(total)
+    return total[:-1] / total[-1]
 
 
 def centered(z: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
