@@ -71,8 +71,9 @@ def remedy(config: Config) -> str:
         f"lower adapter.memory_learning_rate_multiplier (now {adapter.memory_learning_rate_multiplier:g})",
         f"adapter.temperature (now {adapter.temperature:g})",
     ]
-    if not adapter.router_norm:
-        ways.insert(0, "set adapter.router_norm=true")
+    off = [f"adapter.{name}=true" for name in ("router_norm", "center_queries") if not getattr(adapter, name)]
+    if off:
+        ways.insert(0, f"set {' and '.join(off)}")
     if adapter.instruction_prior:
         ways.append(f"adapter.instruction_prior (now {adapter.instruction_prior:g})")
     few = f", or take fewer atoms (adapter.num_atoms, now {adapter.num_atoms}) where all rows are of one kind"

@@ -1,4 +1,4 @@
-"""What each part of the queryable memory contributes, on the regression or on the instructions."""
+"""What each part of the queryable memory contributes, on the regression or on a language study."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import dataclasses
 
 from qmemtune.config.study import StudyConfig
 from qmemtune.study.design import Match, Study, Variant
-from qmemtune.study.studies import instructions, regression
+from qmemtune.study.studies import codes, instructions, regression
 
-BASES = {"regression": regression, "instructions": instructions}
+BASES = {"regression": regression, "instructions": instructions, "codes": codes}
 CHANGES = (
     ("no_depth_summary", "without the depth summary", ("adapter.depth_summary=false",)),
     ("top_2", "the two strongest atoms of each route only", ("adapter.top_k=2",)),
     ("no_router_norm", "queries and keys not normalised", ("adapter.router_norm=false",)),
     ("no_centering", "cores with their mean", ("adapter.center_cores=false",)),
+    ("no_query_centering", "queries with what all inputs have in common", ("adapter.center_queries=false",)),
     (
         "one_atom",
         "a single atom: one static core for all layers and tokens",
@@ -23,7 +24,6 @@ CHANGES = (
     ("more_atoms", "four times the atoms", ("adapter.num_atoms={fourfold}",)),
     ("one_block", "one route for all layers", ("adapter.block_size=1000",)),
     ("larger_blocks", "blocks of twice the layers", ("adapter.block_size={double_block}",)),
-    ("no_decay", "cores without decay", ("adapter.core_weight_decay=0",)),
     ("decay", "cores with decay 1.0", ("adapter.core_weight_decay=1",)),
     ("same_learning_rate", "memory at the factors' learning rate", ("adapter.memory_learning_rate_multiplier=1",)),
     ("block_atoms", "atoms of each block in place of shared ones, as many in all", ("adapter.shared_atoms=false",)),
@@ -43,11 +43,12 @@ def study(options: StudyConfig) -> Study:
     given = dict(text.split("=", 1) for text in memory.overrides)
     atoms, block = int(given["adapter.num_atoms"]), int(given["adapter.block_size"])
     numbers = {"quarter": max(atoms // 4, 1), "fourfold": 4 * atoms, "double_block": 2 * block}
-    changes = CHANGES + (LANGUAGE if options.on == "instructions" else ())
+    changes = CHANGES + (() if options.on == "regression" else LANGUAGE)
     variants = [memory]
     for name, about, changed in changes:
-        overrides = (*memory.overrides, *(text.format(**numbers) for text in changed))
-        variants.append(Variant(name, overrides, about, like=memory.name))
+        new = tuple(text.format(**numbers) for text in changed)
+        if not set(new) <= set(memory.overrides):
+            variants.append(Variant(name, (*memory.overrides, *new), about, like=memory.name))
     largest = Match("adapter.r", "at_least", memory.name, largest=64)
     variants.append(Variant("lora", base.LORA, "LoRA of the smallest rank that has at least as many", largest))
     return dataclasses.replace(

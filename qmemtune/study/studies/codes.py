@@ -9,7 +9,7 @@ from qmemtune.study.studies import instructions
 
 QUERYABLE = (
     "adapter=queryable",
-    "adapter.num_atoms=32",
+    "adapter.num_atoms=30",
     "adapter.block_size=1",
     "adapter.temperature=2",
     "adapter.init_core_std=0.2",
