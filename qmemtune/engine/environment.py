@@ -66,6 +66,13 @@ def peak_rss_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def peak_gpu_mib() -> float | None:
+    """Largest memory of tensors on this process's GPU so far, MiB; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 def seconds_since_start() -> float:
     """Seconds since this process was started."""
     return time.time() - psutil.Process().create_time()

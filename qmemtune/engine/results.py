@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qmemtune.adapters import describe
-from qmemtune.engine.environment import peak_rss_mib, seconds_since_start
+from qmemtune.engine.environment import peak_gpu_mib, peak_rss_mib, seconds_since_start
 from qmemtune.engine.memory.fit import Memory
 from qmemtune.engine.metrics_log import plain
 from qmemtune.engine.task import Task
@@ -73,6 +73,7 @@ def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | Non
             "first_step_done_s": first_step,
             "total_s": round(seconds_since_start(), 3),
             "peak_rss_mib": round(peak_rss_mib(), 1),
+            "peak_gpu_mib": peak_gpu_mib(),
             "memory_estimate": memory.estimate.as_dict() if memory else None,
             "stopped_early": trainer.evaluations.stopped_early,
             "not_written": trainer.parts.unwritten.missing(),
