@@ -17,7 +17,7 @@ QUERYABLE = (
     # Each variant's best of the grid on seeds 0-2.
     "optimizer.learning_rate=4e-2",
 )
-LORA = ("adapter=lora", "optimizer.learning_rate=2.4e-2")
+LORA = ("adapter=lora", "optimizer.learning_rate=1.6e-2")
 PEFT_BASELINES = ("dora", "vera", "vblora", "lily")
 
 STUDY = dataclasses.replace(
@@ -51,7 +51,7 @@ STUDY = dataclasses.replace(
         Setting("r16", ("adapter.r=16",), "Rank 16 of the memory."),
     ),
     default_settings=("r4",),
-    seeds=(0, 1, 2, 3, 4, 5, 6, 7),
+    seeds=tuple(range(13)),
     learning_rates=(8e-3, 1.6e-2, 2.4e-2, 4e-2, 6e-2),
     grid_settings=("r4",),
     grid_variants=("lora", "queryable"),
