@@ -101,9 +101,7 @@ def _base_and_state(
     remade, kept = marked(x)
     # Detached: gradients go through x alone.
     kept = tuple(tensor.detach() for tensor in kept)
-    made: tuple[Tensor, Tensor] = _BaseAndState.apply(
-        x.flatten(0, -2), weight_of, weight, bias, factor, remade, *kept
-    )
+    made: tuple[Tensor, Tensor] = _BaseAndState.apply(x.flatten(0, -2), weight_of, weight, bias, factor, remade, *kept)
     return made
 
 
