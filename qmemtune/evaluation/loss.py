@@ -14,6 +14,7 @@ from torch import nn
 from qmemtune.data.collate import Collator
 from qmemtune.evaluation.forward import Autocast, Instructions, model_device
 from qmemtune.evaluation.labelled import LabelReader
+from qmemtune.models.heap import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def row_losses(
     device = model_device(model)
     results: list[RowLoss | None] = [None] * len(rows)
     done = 0
+    return_freed_memory()
     for indices in length_batches([len(row["input_ids"]) for row in rows], batch_size):
         batch = to_device(collate([dict(rows[i]) for i in indices]), device)
         logits = reader.read(batch)
@@ -69,6 +71,9 @@ def row_losses(
         counts = torch.bincount(logits.row.cpu(), minlength=len(indices))
         for i, loss, tokens, wrong in zip(indices, sums.tolist(), counts.tolist(), mistaken.tolist(), strict=True):
             results[i] = RowLoss(loss, tokens, str(rows[i].get("group") or ""), wrong)
+        # Every batch is shorter than the one before and takes memory of its own.
+        del batch, logits
+        return_freed_memory()
         done += len(indices)
         if progress is not None:
             progress(done)

@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     Qwen3Config,
 )
+from transformers.models.llama import modeling_llama
 
 from qmemtune.adapters.queryable import QueryableMemoryConfig
 from qmemtune.engine.fused import fused_on_cpu, low_rank
@@ -216,3 +217,60 @@ def test_only_gated_units_with_silu_are_replaced() -> None:
     llama = AutoModelForCausalLM.from_config(BASES["llama"])
     assert gated_forward(llama.model.layers[0].mlp) is not None
     assert gated_forward(gemma.model.layers[0].mlp) is None
+
+
+def test_rotary_embeddings_are_replaced_while_training_where_they_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens in halves, as Llama has them; a function that computes otherwise stays."""
+    plain = modeling_llama.apply_rotary_pos_emb
+    model = adapted("llama", "lora")
+    with fused_on_cpu(model):
+        assert modeling_llama.apply_rotary_pos_emb is not plain
+        with fused_on_cpu(model):
+            pass
+        assert modeling_llama.apply_rotary_pos_emb is not plain
+    assert modeling_llama.apply_rotary_pos_emb is plain
+
+    def other(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return plain(q, k, sin, cos)
+
+    other.__module__ = plain.__module__
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+    with fused_on_cpu(model):
+        assert modeling_llama.apply_rotary_pos_emb is other
+
+
+def test_what_can_be_made_again_is_not_kept() -> None:
+    model = adapted("llama", "lora")
+
+    def kept(fuse: bool) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            fused_on_cpu(model) if fuse else nullcontext(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            logits = model(**batch(), use_cache=False).logits
+        del logits
+        return sum(sizes.values())
+
+    assert kept(fuse=True) < 0.6 * kept(fuse=False)
+
+
+def test_two_backward_passes_through_one_graph() -> None:
+    model = adapted("llama", "queryable")
+    with fused_on_cpu(model):
+        loss = model(**batch(), use_cache=False).logits.square().mean()
+        loss.backward(retain_graph=True)
+        once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, once[name]), name

@@ -17,6 +17,7 @@ from torch import nn
 from qmemtune.engine.fused.low_rank import low_rank_forward
 from qmemtune.engine.fused.mlp import gated_forward
 from qmemtune.engine.fused.norm import norm_forward
+from qmemtune.engine.fused.rotary import fused_rotary
 
 
 @contextmanager
@@ -37,7 +38,8 @@ def fused_on_cpu(model: nn.Module) -> Iterator[None]:
             module.forward = made
             fused.append(module)
     try:
-        yield
+        with fused_rotary(model):
+            yield
     finally:
         for module in fused:
             del module.forward

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qmemtune.adapters.queryable.apply import add_update
 from qmemtune.adapters.queryable.layer import QueryableLinear
+from qmemtune.engine.fused.remade import Remade, marked
 from qmemtune.models.dequantized import dequantized_weight, is_4bit_on_cpu
 
 WeightOf = Callable[[torch.dtype], Tensor | None]
@@ -33,28 +34,41 @@ class _BaseAndState(torch.autograd.Function):
     """``W x + bias`` and ``A x`` as one node, whose gradients of x are added by the second product.
 
     Shapes: x (N, I), weight (O, I), bias (O,) frozen or None, factor A (R, I); results (N, O), (N, R). Two
-    dimensions, because with more of them a result may be a view, which nothing may be added to in place.
+    dimensions, because with more of them a result may be a view, which nothing may be added to in place. Where x can be
+    made again, of ``kept``, it is not kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None, factor: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight_of: WeightOf,
+        weight: Tensor,
+        bias: Tensor | None,
+        factor: Tensor,
+        remade: Remade | None,
+        *kept: Tensor,
     ) -> tuple[Tensor, Tensor]:
         cast = factor.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        ctx.weight_of, ctx.factor_dtype = weight_of, factor.dtype
+        if remade is None:
+            kept = (x,)
+        elif ctx.needs_input_grad[4]:
+            remade.expect()
+        ctx.save_for_backward(cast, *kept)
+        ctx.weight_of, ctx.factor_dtype, ctx.remade = weight_of, factor.dtype, remade
         return F.linear(x, weight, bias), F.linear(x, cast)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
-        x, factor = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *kept = ctx.saved_tensors
         grad_x = grad_factor = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.weight_of(x.dtype)).addmm_(grad_state, factor)
+            grad_x = (grad @ ctx.weight_of(grad.dtype)).addmm_(grad_state, factor)
         if ctx.needs_input_grad[4]:
+            x = kept[0] if ctx.remade is None else ctx.remade.take(*kept).flatten(0, -2)
             grad_factor = (grad_state.t() @ x).to(ctx.factor_dtype)
-        return grad_x, None, None, None, grad_factor
+        return grad_x, None, None, None, grad_factor, None, *[None] * (len(kept) if ctx.remade else 0)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -79,6 +93,16 @@ class _AddLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_factor = (state.t() @ grad).t().to(ctx.factor_dtype).mul_(ctx.scaling)
         return grad, grad_state, grad_factor, None
+
+
+def _base_and_state(
+    x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    remade, kept = marked(x)
+    # Detached: gradients go through x alone.
+    kept = tuple(tensor.detach() for tensor in kept)
+    made: tuple[Tensor, Tensor] = _BaseAndState.apply(x.flatten(0, -2), weight_of, weight, bias, factor, remade, *kept)
+    return made
 
 
 def low_rank_forward(module: Any) -> Callable[..., Tensor] | None:
@@ -123,7 +147,7 @@ def _lora_fits(layer: Any, name: str) -> bool:
 
 
 def _lora(layer: Any, name: str, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result, state = _BaseAndState.apply(x.flatten(0, -2), weight_of, weight, bias, layer.lora_A[name].weight)
+    result, state = _base_and_state(x, weight_of, weight, bias, layer.lora_A[name].weight)
     updated: Tensor = _AddLowRank.apply(result, state, layer.lora_B[name].weight, layer.scaling[name])
     return updated
 
@@ -133,7 +157,7 @@ def _queryable_fits(layer: Any, name: str) -> bool:
 
 
 def _queryable(layer: Any, name: str, x: Tensor, weight_of: WeightOf, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result, state = _BaseAndState.apply(x.flatten(0, -2), weight_of, weight, bias, layer.queryable_A[name].weight)
+    result, state = _base_and_state(x, weight_of, weight, bias, layer.queryable_A[name].weight)
     state = state.unflatten(0, x.shape[:-1])
     routed = layer.routed(name, x, state)
     return add_update(result, state, routed, layer.queryable_B[name].weight, layer.scaling[name])

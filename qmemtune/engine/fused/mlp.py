@@ -1,7 +1,7 @@
 """The gated unit of Llama's and its relatives' feed-forward layers, ``silu(gate) * up``.
 
-What is kept for the backward pass is gate and up; ``silu(gate)``, the third tensor of this size that autograd would
-keep, is computed again.
+What is kept for the backward pass is gate and up. ``silu(gate)`` and the result, two more tensors of this size that
+autograd would keep, are computed again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qmemtune.engine.fused.remade import Remade, mark
+
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
@@ -21,16 +23,25 @@ class _GatedUnit(torch.autograd.Function):
     """``silu(gate) * up``; all (..., I)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, remade: Remade) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        ctx.remade = remade
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate) * grad
+        opened = ctx.remade.by_product()
+        grad_up = (F.silu(gate) if opened is None else opened).mul_(grad)
+        grad_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, grad_up, None
+
+
+def _again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    opened = F.silu(gate)
+    return opened * up, opened
 
 
 def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -47,7 +58,9 @@ def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         if not torch.is_grad_enabled() or x.device.type != "cpu":
             result: Tensor = plain(x)
             return result
-        hidden = _GatedUnit.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[operator]
+        gate, up = module.gate_proj(x), module.up_proj(x)  # type: ignore[operator]
+        remade = Remade(_again)
+        hidden = mark(_GatedUnit.apply(gate, up, remade), remade, gate, up)
         down: Tensor = module.down_proj(hidden)  # type: ignore[operator]
         return down
 

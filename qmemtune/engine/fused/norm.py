@@ -15,34 +15,49 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from qmemtune.engine.fused.remade import Remade, mark
+
 EPSILONS = ("variance_epsilon", "eps")
 """Names under which such layers keep their epsilon."""
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``weight * (x / rms(x))``, rounded to x's type before the weight; x (..., D), weight (D,)."""
+    """``weight * (x / rms(x))``, rounded to x's type before the weight; x (..., D), weight (D,).
+
+    Second result: ``1 / rms(x)``, (..., 1) float32, without gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, remade: Remade) -> tuple[Tensor, Tensor]:
         wide = x.to(torch.float32, copy=True)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return wide.mul_(scale).to(x.dtype).mul_(weight)
+        ctx.remade = remade
+        ctx.mark_non_differentiable(scale)
+        return wide.mul_(scale).to(x.dtype, copy=True).mul_(weight), scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         result = (grad * weight).to(torch.float32)
-        normed = x.to(torch.float32, copy=True).mul_(scale)
+        normed = ctx.remade.by_product()
+        if normed is None:
+            normed = x.to(torch.float32, copy=True).mul_(scale)
         along = torch.linalg.vecdot(result, normed).unsqueeze(-1).div_(-x.shape[-1])
-        return result.addcmul_(normed, along).mul_(scale).to(x.dtype), None, None
+        return result.addcmul_(normed, along).mul_(scale).to(x.dtype), None, None, None
+
+
+def _again(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.float32, copy=True).mul_(scale)
+    return wide.to(x.dtype, copy=True).mul_(weight), wide
 
 
 def fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS normalisation. Shapes: x (..., D), weight (D,), both of one type; result (..., D)."""
-    result: Tensor = _RMSNorm.apply(x, weight, eps)
-    return result
+    remade = Remade(_again)
+    result, scale = _RMSNorm.apply(x, weight, eps, remade)
+    return mark(result, remade, x, weight, scale)
 
 
 def norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
