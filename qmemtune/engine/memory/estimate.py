@@ -15,6 +15,7 @@ from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
 from qmemtune.data.rows import TokenRows
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
+from qmemtune.engine.memory.traces import read_trace, trace_file, write_trace
 from qmemtune.engine.memory.tracing import Traced, Tracer
 from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
 from qmemtune.models.dequantized import copies_fit
@@ -210,15 +211,20 @@ class RunMemory:
         trained = [parameter for parameter in added if parameter.requires_grad]
         self.gradients = sum(parameter.numel() for parameter in trained) * TRAINED_ITEMSIZE
         self.optimizer_state = optimizer_bytes(trained, config.optimizer)
-        self._tracer = lambda: Tracer(
-            self.model,
-            dtype=self.dtype,
-            quantised=quantised,
-            quantization="none" if has_copies else quantization.kind,
-            on_cpu=self.on_cpu and config.model.attn_implementation is None,
-            fused=self.on_cpu and config.trainer.fused_layers,
-            unit=config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
-        )
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "quantization": "none" if has_copies else quantization.kind,
+            "on_cpu": self.on_cpu and config.model.attn_implementation is None,
+            "fused": self.on_cpu and config.trainer.fused_layers,
+            "unit": config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
+        }
+        self._tracer = lambda: Tracer(self.model, quantised=quantised, **options)
+        self._key: dict[str, Any] = {
+            **options,
+            "model": described(base),
+            "attention": config.model.attn_implementation,
+            "adapter": {name: value.to_dict() for name, value in self.model.peft_config.items()},
+        }
         self._made: Tracer | None = None
         self._traced: dict[tuple[int, int, int, bool], Traced] = {}
 
@@ -259,11 +265,24 @@ class RunMemory:
     def _trace(self, workload: Workload) -> Traced:
         key = (workload.rows, workload.tokens, workload.labelled, workload.checkpointing)
         if key not in self._traced:
-            if self._made is None:
-                self._made = self._tracer()
-            rows, tokens, labelled, checkpointing = key
-            self._traced[key] = self._made.step(rows, tokens, labelled, checkpointing=checkpointing)
+            # A model's own code may change while its config does not.
+            file = None if self.config.model.trust_remote_code else trace_file({**self._key, "batch": key})
+            traced = None if file is None else read_trace(file)
+            if traced is None:
+                if self._made is None:
+                    self._made = self._tracer()
+                rows, tokens, labelled, checkpointing = key
+                traced = self._made.step(rows, tokens, labelled, checkpointing=checkpointing)
+                if file is not None:
+                    write_trace(file, traced)
+            self._traced[key] = traced
         return self._traced[key]
+
+
+def described(base: nn.Module) -> dict[str, Any]:
+    """A model's config without its place."""
+    config: Any = base.config
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 def heap_fragments() -> float:

@@ -1,0 +1,74 @@
+"""Traces of earlier runs, kept beside the other caches: tracing takes two seconds of every start.
+
+A trace is found by all that it follows from: the model's config, the adapter's, the batch, and the code that runs,
+which is this package's own files and the versions of those it calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import qmemtune
+from qmemtune.engine.memory.tracing import Traced
+from qmemtune.rundir import cache_root
+
+FOLDER = "traces"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def trace_file(key: Mapping[str, Any]) -> Path:
+    """Where the trace of ``key`` (values that JSON can hold, or that are told apart by their text) is kept."""
+    text = json.dumps({**key, "code": code_digest()}, sort_keys=True, default=plain)
+    return cache_root() / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def plain(value: Any) -> Any:
+    """What JSON holds of a set or of any other value."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of this package's source files and of the versions of what they call."""
+    root = Path(qmemtune.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    for package in PACKAGES:
+        try:
+            digest.update(f"{package} {version(package)}\0".encode())
+        except PackageNotFoundError:
+            continue
+    return digest.hexdigest()
+
+
+def read_trace(file: Path) -> Traced | None:
+    """The trace a file holds; None where there is none, or a damaged one."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        traced = Traced(**{field.name: float(values[field.name]) for field in dataclasses.fields(Traced)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return traced if all(math.isfinite(value) and value >= 0 for value in vars(traced).values()) else None
+
+
+def write_trace(file: Path, traced: Traced) -> None:
+    """Keep a trace; where nothing can be written, the next run traces again."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(dataclasses.asdict(traced)), encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
