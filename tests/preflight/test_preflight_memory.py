@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from qmemtune.config.data import SourceConfig
 from qmemtune.config.missing import MISSING
 from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.config.training import OptimizerConfig
+from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.language import LabelledLoss
 from qmemtune.engine.memory.estimate import RunMemory, Workload
 from qmemtune.engine.memory.exhausted import asked_bytes, explained, is_out_of_memory
@@ -47,10 +49,11 @@ class Saved:
         return tensor
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("adapter", ["lora", "queryable"])
-def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter):
+def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fused):
     small = ["adapter.num_atoms=4", "adapter.key_dim=4", "adapter.block_size=2"] if adapter == "queryable" else []
-    config = run_config(f"adapter={adapter}", "adapter.r=4", *small).config
+    config = run_config(f"adapter={adapter}", "adapter.r=4", f"trainer.fused_layers={fused}", *small).config
     estimate = RunMemory(config, CPU, runtime=0).estimate(WORK)
     model = apply_adapter(load_base(config.model, config.quantization, device=CPU), config.adapter, seed=0).train()
     loss_of = LabelledLoss(model)
@@ -60,7 +63,8 @@ def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter):
     labels = ids.clone()
     labels[:, : WORK.tokens // 2] = -100
     saved = Saved(model)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t), loss_of.installed():
+    forms = fused_on_cpu(model) if fused else nullcontext()
+    with forms, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t), loss_of.installed():
         loss, _ = model(input_ids=ids, attention_mask=mask, labels=labels)
     assert loss.isfinite()
     assert estimate.activations == pytest.approx(sum(saved.kept.values()), rel=0.1)
