@@ -211,7 +211,10 @@ def _build(cls: type, prefix: str, kind: str, values: _Values) -> Any:
     for field in dataclasses.fields(cls):
         key = prefix + field.name
         if key in values.fields:
-            arguments[field.name] = values.get(key)
+            value, default = values.get(key), values.fields[key].default
+            # Left open, it is reported; what checks and conversions see is of the field's type, as for a wrong value.
+            open_value = isinstance(value, str) and value == MISSING and default != MISSING
+            arguments[field.name] = copy.deepcopy(default) if open_value else value
         else:
             inner = ADAPTERS[kind] if key == ADAPTER_KEY else field.default_factory
             arguments[field.name] = _build(inner, f"{key}.", kind, values)  # type: ignore[arg-type]

@@ -102,6 +102,17 @@ def test_what_must_be_given_is_reported_together():
     assert compose([], allow_missing=True).missing == ["model.path", "data.path"]
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["adapter.alpha", "adapter.dropout", "adapter.target_modules", "optimizer.betas", "data.format", "trainer.packing"],
+)
+def test_a_value_that_a_recipe_leaves_open_is_reported_whatever_its_type(key):
+    section, name = key.split(".")
+    write("recipes/mine.yaml", f"defaults: [/model: local, /data: quickstart, _self_]\n{section}:\n  {name}: ???\n")
+    problems = [finding.problem for finding in findings("recipe=mine", "model.path=a/b")]
+    assert problems == [f"{key} must be given"]
+
+
 def test_provenance_names_file_override_or_default():
     write("recipes/mine.yaml", "defaults: [/model: local, /data: quickstart, _self_]\nmodel: {path: a/b}\n")
     composed = compose(["recipe=mine", "seed=3", "quantization=nf4"])
