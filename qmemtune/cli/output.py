@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from qmemtune.cli.collector import collector_paused
 from qmemtune.credentials import hide
 from qmemtune.errors import Finding, UserError, write_failure
 from qmemtune.quiet import hide_loading_bars, silence
@@ -30,10 +31,13 @@ class Output:
     stdout: TextIO
     as_json: bool
     quiet: bool
-    debug: bool = False
+    debug: bool
+    imported: Callable[[], None]
+    """Sets the paused collector going again."""
 
     def libraries_are_loaded(self) -> None:
         """To be called after a verb's heavy imports and before its work."""
+        self.imported()
         if not self.debug:
             hide_loading_bars()
 
@@ -70,15 +74,16 @@ def output(as_json: bool, debug: bool, quiet: bool) -> Iterator[Output]:
     """
     silence(debug=debug, quiet=quiet)
     stdout = sys.stdout
-    if process_number() > 0:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stderr):
-            yield Output(nowhere, as_json, True, debug)
-        return
-    if not as_json:
-        yield Output(stdout, as_json, quiet, debug)
-        return
-    with redirect_stdout(sys.stderr):
-        yield Output(stdout, as_json, quiet, debug)
+    with collector_paused() as imported:
+        if process_number() > 0:
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stderr):
+                yield Output(nowhere, as_json, True, debug, imported)
+            return
+        if not as_json:
+            yield Output(stdout, as_json, quiet, debug, imported)
+            return
+        with redirect_stdout(sys.stderr):
+            yield Output(stdout, as_json, quiet, debug, imported)
 
 
 def process_number() -> int:
