@@ -136,6 +136,8 @@ def start(overrides: list[str], log: Path) -> int:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            # A forked process makes its thread pool anew, which loading threads must not do side by side.
+            torch.set_num_threads(1)
             train(compose(overrides))
             code = 0
         except BaseException:  # noqa: BLE001 - a forked process must not go on with its parent's work
