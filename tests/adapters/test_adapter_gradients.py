@@ -77,6 +77,16 @@ def test_checkpointing_keeps_the_gradients(family, name):
     same(step(family, model, ids), expected)
 
 
+def test_a_backward_pass_for_some_gradients_leaves_nothing_to_the_next(llama):
+    model, ids = llama.adapted().train(), llama.tokens(3, 9)
+    expected = step(llama, model, ids)
+    loss = total_loss(llama, model, ids)
+    some = [p for name, p in model.named_parameters() if "queryable_B" in name]
+    torch.autograd.grad(loss, some, retain_graph=True)
+    loss.backward()
+    same(llama.gradients(model), expected)
+
+
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_checkpointing_every_nth_layer_keeps_the_gradients(llama, variant, every):

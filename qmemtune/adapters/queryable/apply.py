@@ -73,6 +73,7 @@ class OperatorGradient:
     def __init__(self, routed: Tensor) -> None:
         self.routed = routed.detach()
         self.joint: Tensor = _Join.apply(routed, self)
+        self._run = -1
         self._left: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
@@ -86,10 +87,18 @@ class OperatorGradient:
 
     def leave(self, grad: Tensor, z: Tensor) -> None:
         """A layer's factors, (..., R) each, float32."""
+        self._forget_other_runs()
         self._left.append((grad, z))
 
+    def _forget_other_runs(self) -> None:
+        # A backward pass that was asked for some gradients only, or was cut off, takes nothing of what it left.
+        run = torch._C._current_graph_task_id()
+        if run != self._run:
+            self._run, self._left = run, []
+
     def take(self) -> Tensor:
-        """The sum of all layers' outer products, (..., R, R)."""
+        """The sum of the outer products of all layers in this backward pass, (..., R, R)."""
+        self._forget_other_runs()
         left, self._left = self._left, []
         if not left:
             return torch.zeros_like(self.routed)
