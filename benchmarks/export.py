@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from report import write_section
+from report import bootstrap_share, write_section
 
 from qmemtune.config.adapters import LoraConfig
 from qmemtune.config.compose import Composed, load_resolved
@@ -40,8 +40,6 @@ from qmemtune.models.loading import load_base
 from qmemtune.rundir import RunDir, find_run
 from qmemtune.study.tables import table
 
-RESAMPLES = 2000
-
 
 @dataclass
 class Measured:
@@ -58,7 +56,7 @@ class Measured:
         return mean_loss(self.losses, range(len(self.losses)))
 
 
-def mean_loss(losses: list[RowLoss], rows: Any) -> float:
+def mean_loss(losses: list[RowLoss], rows: Sequence[int]) -> float:
     """Nats a token over some rows."""
     return sum(losses[i].loss_sum for i in rows) / max(1, sum(losses[i].tokens for i in rows))
 
@@ -112,15 +110,12 @@ def from_scratch(live: LoadedRun, config: Config, rows: list[Any]) -> Measured:
 
 def kept(base: Measured, live: Measured, found: Measured) -> str:
     """Share of the live model's gain over the base, with its interval."""
-    rows, rng = range(len(base.losses)), random.Random(0)
 
-    def share(chosen: Any) -> float:
+    def share(chosen: Sequence[int]) -> float:
         before, gain = mean_loss(base.losses, chosen), mean_loss(live.losses, chosen)
         return (before - mean_loss(found.losses, chosen)) / (before - gain)
 
-    drawn = sorted(share(rng.choices(rows, k=len(rows))) for _ in range(RESAMPLES))
-    low, high = drawn[int(0.025 * RESAMPLES)], drawn[int(0.975 * RESAMPLES)]
-    return f"{share(rows):.1%} ({low:.1%} to {high:.1%})"
+    return bootstrap_share(share, len(base.losses))
 
 
 def main() -> None:

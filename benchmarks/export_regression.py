@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from report import write_section
+from report import bootstrap_share, write_section
 from torch import Tensor, nn
 
 from qmemtune.adapters import apply_adapter
@@ -36,7 +35,6 @@ from qmemtune.evaluation.guard import undisturbed
 from qmemtune.study.studies.regression import QUERYABLE, STUDY
 from qmemtune.study.tables import table
 
-RESAMPLES = 2000
 CPU = torch.device("cpu")
 
 
@@ -135,16 +133,13 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the result into benchmarks/README.md")
     args = parser.parse_args()
     runs = [one_seed(seed) for seed in range(args.seeds)]
-    rng = random.Random(0)
 
     def kept(name: str) -> str:
-        def share(chosen: list[int]) -> float:
+        def share(chosen: Sequence[int]) -> float:
             base, live, own = (sum(runs[i][key][0] for i in chosen) for key in ("base", "live", name))
             return (base - own) / (base - live)
 
-        everyone = list(range(len(runs)))
-        drawn = sorted(share(rng.choices(everyone, k=len(runs))) for _ in range(RESAMPLES))
-        return f"{share(everyone):.1%} ({drawn[int(0.025 * RESAMPLES)]:.1%} to {drawn[int(0.975 * RESAMPLES)]:.1%})"
+        return bootstrap_share(share, len(runs))
 
     lines = []
     for name in runs[0]:

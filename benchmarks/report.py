@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     if len(values) > 3:
         low, _, high = statistics.quantiles(values, n=4)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def bootstrap_share(share: Callable[[Sequence[int]], float], count: int, resamples: int = 2000) -> str:
+    """A share over ``count`` rows or seeds, told by their indices, with its 95 % bootstrap interval, in per cent."""
+    rng, everyone = random.Random(0), range(count)
+    drawn = sorted(share(rng.choices(everyone, k=count)) for _ in range(resamples))
+    low, high = drawn[int(0.025 * resamples)], drawn[int(0.975 * resamples)]
+    return f"{share(everyone):.1%} ({low:.1%} to {high:.1%})"
 
 
 def write_section(name: str, text: str) -> None:

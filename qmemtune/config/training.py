@@ -66,8 +66,8 @@ class TrainerConfig:
     keep_best: bool = False
     """End with the adapter of the evaluation with the lowest held-out loss."""
     fused_layers: bool = True
-    """On a CPU: adapted layers, RMS norms and gated units in fewer passes over memory, with less kept for the backward
-    pass. The numbers differ in the last bits. No effect on a GPU."""
+    """On a CPU: adapted layers, RMS norms, gated units and rotary embeddings in fewer passes over memory, with less
+    kept for the backward pass. The numbers differ in the last bits. No effect on a GPU."""
     num_workers: int = 0
     """Processes that prepare batches beside the training process."""
     deterministic: bool = False

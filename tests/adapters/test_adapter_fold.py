@@ -28,7 +28,7 @@ def test_equal_cores_fold_exactly_into_lora(family):
 
 
 def test_least_squares_is_the_best_static_operator_of_its_tokens(llama):
-    model, ids = llama.adapted(num_atoms=4), llama.tokens(3, 9)
+    model, ids = llama.adapted(num_atoms=4, temperature=4.0), llama.tokens(3, 9)
     with torch.no_grad():
         llama.memory(model).queryable_core["default"].normal_(std=1.0)
 
@@ -53,7 +53,7 @@ def test_least_squares_is_the_best_static_operator_of_its_tokens(llama):
     forwards = [lambda: model(input_ids=ids[:1]), lambda: model(input_ids=ids[1:])]
     best, mean = least_squares_fold(model, forwards, ridge=1e-9), mean_fold(model, forwards)
     assert best.keys() == mean.keys()
-    assert error(best) < 0.85 * error(mean)
+    assert error(best) < 0.8 * error(mean)
 
 
 def test_least_squares_leaves_padding_out_and_is_exact_for_equal_cores(llama):

@@ -27,11 +27,12 @@ class InputMeans(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._met: set[int] = set()
+        self._known: set[int] = set()
 
     def add_block(self, block: int, width: int) -> None:
         """Add a block, or change the ``width`` of its inputs; its mean is to be measured."""
-        self.register_buffer(f"mean_{block}", torch.zeros(width))
+        known = getattr(self, f"mean_{block}", None)
+        self.register_buffer(f"mean_{block}", torch.zeros(width, device=None if known is None else known.device))
 
     def of(self, block: int, width: int) -> Tensor:
         """The mean input of a block, (D,)."""
@@ -43,30 +44,31 @@ class InputMeans(nn.Module):
     def measure(self, block: int, x: Tensor, mask: Tensor | None) -> None:
         """Take the mean of ``x`` (..., D) if the block has none yet.
 
-        Without a branch on what a tensor holds, which would stop a GPU in every step, and tracing altogether. The sum
-        is one product: in half precision it is right to three digits, which is what centring needs.
+        The sum is one product: in half precision it is right to three digits, which is what centring needs.
 
         Args:
             mask: real tokens, of as many entries as ``x`` has tokens; all if None.
         """
-        mean, rows = getattr(self, f"mean_{block}"), x.flatten(0, -2)
-        if len(mean) != x.shape[-1]:
-            self.register_buffer(f"mean_{block}", mean.new_zeros(x.shape[-1]))
-            mean = getattr(self, f"mean_{block}")
+        if block in self._known:
+            return
+        if len(getattr(self, f"mean_{block}")) != x.shape[-1]:
+            self.add_block(block, x.shape[-1])
+        mean = self.of(block, x.shape[-1])
+        # Asked once a process, because it stops a GPU; a tensor without numbers, with which steps are traced, has none.
+        if type(mean) is Tensor and mean.any():
+            self._known.add(block)
+            return
+        rows = x.flatten(0, -2)
         weights = x.new_ones(1, len(rows), dtype=torch.float32)
         if mask is not None and mask.numel() == len(rows):
             weights = mask.to(weights).reshape(1, -1)
         count = weights.sum()
-        found = ((weights / count).to(x.dtype) @ rows)[0].to(mean)
-        if block not in self._met and type(found) is Tensor:
-            # Processes that train together meet a block at the same time, each with rows of its own.
-            self._met.add(block)
-            found = over_all_processes(found, count)
+        found = over_all_processes(((weights / count).to(x.dtype) @ rows)[0].to(mean), count)
         # A pass with overflow measures nothing: the next one will.
-        take = found.isfinite().all() & ~mean.any()
-        mean.copy_(torch.where(take, found, mean))
+        mean.copy_(torch.where(found.isfinite().all(), found, mean))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._known.clear()
         for name, mean in list(self._buffers.items()):
             stored = state_dict.get(prefix + name)
             if mean is not None and stored is not None and stored.shape != mean.shape:

@@ -159,12 +159,6 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         return "queryable." + super().__repr__()
 
 
-def input_width(base: Any) -> int:
-    """Input features of a supported layer."""
-    width: int = base.weight.shape[0] if isinstance(base, Conv1D) else base.in_features
-    return width
-
-
 def supported(module: nn.Module) -> bool:
     """Whether a module is a linear layer this adapter can wrap."""
     return isinstance(module, (nn.Linear, Conv1D))

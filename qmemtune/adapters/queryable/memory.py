@@ -239,8 +239,10 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
                 values[adapter_name] = nn.Parameter(
                     values[adapter_name].data.to(device), requires_grad=values[adapter_name].requires_grad
                 )
-        if adapter_name in self.queryable_input and not any(m.is_meta for m in self.queryable_input.buffers()):
-            self.queryable_input[adapter_name].to(device)
+        if adapter_name in self.queryable_input:
+            means = self.queryable_input[adapter_name]
+            if not any(mean.is_meta for mean in means.buffers()):
+                means.to(device)
 
 
 NOT_MERGEABLE = (

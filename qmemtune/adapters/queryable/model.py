@@ -12,7 +12,7 @@ from torch import nn
 
 from qmemtune.adapters.queryable.blocks import BlockPlan, refuse_unroutable
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
-from qmemtune.adapters.queryable.layer import NOT_MIXABLE, QueryableLinear, input_width, supported
+from qmemtune.adapters.queryable.layer import NOT_MIXABLE, QueryableLinear, supported
 from qmemtune.adapters.queryable.memory import MEMORY_NAME, NOT_MERGEABLE, QueryableMemory
 from qmemtune.adapters.queryable.packing import keep_unpacked
 
@@ -70,14 +70,13 @@ class QueryableMemoryModel(BaseTuner):
         memory = self._memory()
         if adapter_name not in memory.configs:
             memory.add_adapter(adapter_name, peft_config)
+        layer = target if isinstance(target, QueryableLinear) else QueryableLinear(target, memory)
         block = self._plan.block_of(current_key)
         while memory.num_blocks(adapter_name) < self._plan.num_blocks:
-            memory.add_block(adapter_name, input_width(base))
-        if isinstance(target, QueryableLinear):
-            target.update_layer(adapter_name, peft_config, block)
-            return
-        layer = QueryableLinear(target, memory)
+            memory.add_block(adapter_name, layer.in_features)
         layer.update_layer(adapter_name, peft_config, block)
+        if layer is target:
+            return
         if not memory._anchor:
             memory._anchor = (base,)
         self._replace_module(parent, target_name, layer, target)

@@ -19,6 +19,7 @@ from qmemtune.engine.memory.traces import read_trace, trace_file, write_trace
 from qmemtune.engine.memory.tracing import Traced, Tracer
 from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
 from qmemtune.models.dequantized import copies_fit
+from qmemtune.models.fingerprint import NOT_COUNTED
 from qmemtune.models.hardware import compute_dtype
 from qmemtune.models.sources import stored_bytes
 
@@ -280,9 +281,9 @@ class RunMemory:
 
 
 def described(base: nn.Module) -> dict[str, Any]:
-    """A model's config without its place."""
+    """What a model's config says of the model."""
     config: Any = base.config
-    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    return {name: value for name, value in config.to_dict().items() if name not in NOT_COUNTED}
 
 
 def heap_fragments() -> float:

@@ -10,29 +10,27 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import qmemtune
+from qmemtune.engine.environment import PACKAGES, version_of
 from qmemtune.engine.memory.tracing import Traced
-from qmemtune.rundir import cache_root
+from qmemtune.rundir import cache_root, write_json
 
 FOLDER = "traces"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def trace_file(key: Mapping[str, Any]) -> Path:
     """Where the trace of ``key`` (values that JSON can hold, or that are told apart by their text) is kept."""
-    text = json.dumps({**key, "code": code_digest()}, sort_keys=True, default=plain)
+    text = json.dumps({**key, "code": code_digest()}, sort_keys=True, default=sorted_or_text)
     return cache_root() / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
-def plain(value: Any) -> Any:
+def sorted_or_text(value: Any) -> Any:
     """What JSON holds of a set or of any other value."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
@@ -45,10 +43,7 @@ def code_digest() -> str:
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
     for package in PACKAGES:
-        try:
-            digest.update(f"{package} {version(package)}\0".encode())
-        except PackageNotFoundError:
-            continue
+        digest.update(f"{package} {version_of(package)}\0".encode())
     return digest.hexdigest()
 
 
@@ -64,11 +59,5 @@ def read_trace(file: Path) -> Traced | None:
 
 def write_trace(file: Path, traced: Traced) -> None:
     """Keep a trace; where nothing can be written, the next run traces again."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(dataclasses.asdict(traced)), encoding="utf-8")
-        beside.replace(file)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    with suppress(OSError):
+        write_json(file, dataclasses.asdict(traced))
