@@ -39,12 +39,19 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 @lru_cache(maxsize=1)
 def _cpu_bf16_is_fast() -> bool:
-    # The flags come first, so that a machine without the instructions always gets float32: a measurement alone
-    # could come out differently on a busy machine, and two runs of one recipe would compute in different types.
+    # Two runs of one recipe must not compute in different types because the machine was busy once. So the flags come
+    # first, for machines without the instructions; and what is measured is one thread's own processor time, since
+    # several threads wait for each other wherever another process holds one of their cores.
     features = torch.cpu.get_capabilities()
     if not any(features.get(flag, False) for flag in CPU_BF16_FLAGS):
         return False
-    return matmul_seconds(torch.bfloat16) <= matmul_seconds(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        own_time = {dtype: matmul_seconds(dtype, clock=time.thread_time) for dtype in (torch.bfloat16, torch.float32)}
+    finally:
+        torch.set_num_threads(threads)
+    return own_time[torch.bfloat16] <= own_time[torch.float32]
 
 
 def matmul_seconds(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ def forget() -> None:
 
 def test_auto_is_float32_without_bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    monkeypatch.setattr(hardware, "matmul_seconds", lambda dtype: pytest.fail("measured without need"))
+    monkeypatch.setattr(hardware, "matmul_seconds", lambda dtype, **_: pytest.fail("measured without need"))
     assert hardware.compute_dtype("auto", CPU) == torch.float32
 
 
@@ -27,8 +30,28 @@ def test_auto_measures_where_the_instructions_exist(
     monkeypatch: pytest.MonkeyPatch, bf16: float, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(hardware, "matmul_seconds", lambda dtype: bf16 if dtype == torch.bfloat16 else 2.0)
+    monkeypatch.setattr(hardware, "matmul_seconds", lambda dtype, **_: bf16 if dtype == torch.bfloat16 else 2.0)
     assert hardware.compute_dtype("auto", CPU) == expected
+
+
+def test_what_other_processes_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine products of several threads take as long in either type: they wait for each other."""
+    seen = []
+
+    def measured(dtype: torch.dtype, clock: Callable[[], float]) -> float:
+        seen.append((clock, torch.get_num_threads()))
+        return 1.0
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(hardware, "matmul_seconds", measured)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        hardware.compute_dtype("auto", CPU)
+        assert seen == [(time.thread_time, 1)] * 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_named_types_and_refusals() -> None:
