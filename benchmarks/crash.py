@@ -41,7 +41,7 @@ STEPS, EVERY = 14, 2
 """Optimizer steps, and steps between two checkpoints."""
 SAVE_SECONDS = 0.05
 """About what writing a checkpoint takes."""
-# bfloat16 whatever the machine: "auto" is measured, and comes out otherwise now and then on a busy one.
+# bfloat16 whatever the machine: it is what "auto" finds where the processor is fast at it.
 COMMON = (
     "model.compute_dtype=bfloat16",
     "data.eval_fraction=0.2", "adapter.r=4", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2",
