@@ -158,14 +158,14 @@ class Merge:
         if update is not None:
             changed = changed_base(weight, self.lora, self.compute_dtype, transposed=transposed)
             if changed is not None:
-                return lambda start, stop: changed[start:stop]
+                return lambda start, stop: changed[start:stop].clone()
         if self.base == "original" or path not in layout.quantised:
-            return lambda start, stop: weight[start:stop].float()
+            return lambda start, stop: weight[start:stop].to(torch.float32, copy=True)
         if not transposed:
             return RoundTrip(weight, self.quantization, self.compute_dtype, self.device).rows
         trip = RoundTrip(weight.T.contiguous(), self.quantization, self.compute_dtype, self.device)
         whole = trip.rows(0, weight.shape[1]).T
-        return lambda start, stop: whole[start:stop]
+        return lambda start, stop: whole[start:stop].clone()
 
     def _merged(
         self, base: Rows, shape: tuple[int, ...], update: Update | None, dtype: torch.dtype, transposed: bool

@@ -19,7 +19,7 @@ from qmemtune.export.lora import CONFIG, WEIGHTS
 
 PREFIX = "base_model.model."
 Rows = Callable[[int, int], Tensor]
-"""Rows ``start`` to ``stop`` of a weight, float32."""
+"""Rows ``start`` to ``stop`` of a weight, float32, which the caller may change."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Update:
         left, right = (self.lora_A.T, self.lora_B.T) if transposed else (self.lora_B, self.lora_A)
 
         def rows(start: int, stop: int) -> Tensor:
-            whole = torch.addmm(base(start, stop), left[start:stop], right, alpha=self.scaling)
+            whole = base(start, stop).addmm_(left[start:stop], right, alpha=self.scaling)
             if self.magnitude is None:
                 return whole
             if transposed:
@@ -59,7 +59,7 @@ class Update:
         squares = torch.zeros(self.lora_B.shape[0])
         for start in range(0, count, step):
             stop = min(start + step, count)
-            whole = torch.addmm(base(start, stop), self.lora_A.T[start:stop], self.lora_B.T, alpha=self.scaling)
+            whole = base(start, stop).addmm_(self.lora_A.T[start:stop], self.lora_B.T, alpha=self.scaling)
             squares += whole.square().sum(dim=0)
         return squares.sqrt()
 
