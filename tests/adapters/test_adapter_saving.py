@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import QueryableMemoryConfig
@@ -25,12 +26,21 @@ def saved(family, tmp_path):
     return model, tmp_path / "adapter"
 
 
+def close(found: Tensor, expected: Tensor) -> None:
+    """Equal but for rounding: weights that stay where a file was mapped lie at other addresses, and some processors'
+    products sum in an order that depends on that."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loaded_gives_the_same_logits(family, saved, low_cpu_mem_usage):
     model, folder = saved
     ids = family.tokens(3, 9)
     loaded = PeftModel.from_pretrained(family.base(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(family.logits(loaded, ids), family.logits(model, ids))
+    of_model, of_loaded = model.state_dict(), loaded.state_dict()
+    assert of_model.keys() == of_loaded.keys()
+    assert all(torch.equal(of_model[name], of_loaded[name]) for name in of_model)
+    close(family.logits(loaded, ids), family.logits(model, ids))
     assert not any(p.is_meta for p in loaded.parameters())
     assert not any(p.requires_grad for p in loaded.parameters())
     trained = PeftModel.from_pretrained(family.base(), folder, is_trainable=True).train()
@@ -94,11 +104,11 @@ def test_transformers_loads_it_too(family, saved, family_dirs):
     expected = family.logits(model, ids)
     base = AutoModelForCausalLM.from_pretrained(family_dirs(family.name), dtype=torch.float32)
     base.load_adapter(str(folder))
-    assert torch.equal(family.logits(base, ids), expected)
+    close(family.logits(base, ids), expected)
     base.disable_adapters()
-    assert torch.equal(family.logits(base, ids), family.logits(family.base(), ids))
+    close(family.logits(base, ids), family.logits(family.base(), ids))
     base.enable_adapters()
-    assert torch.equal(family.logits(base, ids), expected)
+    close(family.logits(base, ids), expected)
 
 
 def test_transformers_loads_base_and_adapter_from_the_adapters_folder(llama, family_dirs, tmp_path):

@@ -7,6 +7,7 @@ Example:
 """
 
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
+from qmemtune.adapters.queryable.fixed import FixedWeights, fixed_weights
 from qmemtune.adapters.queryable.layer import QueryableLinear
 from qmemtune.adapters.queryable.memory import QueryableMemory, memory_of
 from qmemtune.adapters.queryable.model import QueryableMemoryModel
@@ -16,9 +17,11 @@ register(QueryableMemoryConfig, QueryableMemoryModel)
 
 __all__ = [
     "QUERYABLE",
+    "FixedWeights",
     "QueryableLinear",
     "QueryableMemory",
     "QueryableMemoryConfig",
     "QueryableMemoryModel",
+    "fixed_weights",
     "memory_of",
 ]

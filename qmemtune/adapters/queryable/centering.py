@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 
 ROUNDING = 1e-4
 """Added to a centred state's mean square, as a share of the whole state's: what rounding leaves of a state that equals
@@ -85,14 +84,13 @@ def over_all_processes(mean: Tensor, count: Tensor) -> Tensor:
     return total[:-1] / total[-1]
 
 
-def centered(z: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+def centered(z: Tensor, of_mean: Tensor) -> Tensor:
     """``A (x - mean)`` over its root mean square, (..., R).
 
     Args:
         z: ``A x``, (..., R), float32.
-        mean: mean input, (D,), float32.
-        factor: A, (R, D), float32.
+        of_mean: ``A mean``, (R,), float32.
     """
-    state = z - F.linear(mean, factor)
-    scale = state.square().mean(dim=-1, keepdim=True) + ROUNDING * z.square().mean(dim=-1, keepdim=True)
+    state = z - of_mean
+    scale = torch.addcmul(state.square(), z, z, value=ROUNDING).mean(dim=-1, keepdim=True)
     return state * torch.rsqrt(scale + EPS)

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qmemtune.adapters.queryable.fixed import Group, Kept
+
 
 @dataclass
 class AdapterPass:
@@ -31,6 +33,10 @@ class AdapterPass:
     """Summary states ``W_s h_j`` of the blocks in the order in which they ran, (..., K)."""
     earlier: dict[int, int] = field(default_factory=dict)
     """Block -> how many of ``states`` its route may read: those of blocks that ran before it."""
+    stacked: Tensor | None = None
+    """``states`` as one tensor (..., J, K), in passes without gradients."""
+    kept: Kept = field(default_factory=Kept)
+    """What passes without gradients make of weights once a pass."""
     divergences: list[Tensor] = field(default_factory=list)
     """One mean KL(route without prior || prior) a block, scalars."""
 
@@ -64,6 +70,10 @@ class ContextHolder(threading.local):
     def __init__(self) -> None:
         self.current: ForwardContext | None = None
         self.recomputing = False
+        self.kept: Kept | None = None
+        """What is kept while weights are fixed; None while they may change."""
+        self.group: Group | None = None
+        """Of the layers that read one input, those that ran last; while weights are fixed."""
         self.open: list[nn.Module] = []
         """Entries of the running forward pass, outermost first."""
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from qmemtune.adapters.queryable.blocks import BlockPlan, refuse_unroutable
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
+from qmemtune.adapters.queryable.fixed import fixed_weights
 from qmemtune.adapters.queryable.layer import NOT_MIXABLE, QueryableLinear, supported
 from qmemtune.adapters.queryable.memory import MEMORY_NAME, NOT_MERGEABLE, QueryableMemory
 from qmemtune.adapters.queryable.packing import keep_unpacked
@@ -100,6 +101,11 @@ class QueryableMemoryModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(NOT_MIXABLE)
         yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``. No weight changes inside, which makes it faster (:func:`fixed_weights`)."""
+        with fixed_weights(self.model):
+            return self.model.generate(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NOT_MERGEABLE)

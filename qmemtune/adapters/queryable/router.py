@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from qmemtune.adapters.queryable.centering import centered
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.context import AdapterPass, ForwardContext
 from qmemtune.adapters.queryable.devices import float32, no_autocast
+from qmemtune.adapters.queryable.fixed import Kept
 from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, rows_of
 from qmemtune.adapters.queryable.routing import (
     QUERY_EPS,
@@ -60,38 +61,36 @@ def form_route(
     """
     config = memory.configs[name]
     recording = not memory.holder.recomputing
+    made = MadeOfWeights(memory, name, z, state)
     with no_autocast(z.device):
-        normed = pooled(config, query_state(memory, name, block, x, z, factor, context), context)
-        projection, offset = memory.queryable_query[name][block], memory.queryable_block[name][block]
-        query = F.linear(normed, float32(projection, z), float32(offset, z))
+        normed = pooled(config, query_state(memory, name, block, x, z, factor, context, made), context)
+        query = F.linear(normed, *made.query(block))
         if name in memory.queryable_summary:
             # Recomputation meets the states of later blocks too; a route reads those that ran before it.
-            earlier = state.states[: state.earlier.setdefault(block, len(state.states))]
-            if earlier:
-                query = query + attend(query, stack_states(earlier, query))
-        key = float32(memory.queryable_key[name], z)
+            count = state.earlier.setdefault(block, len(state.states))
+            if count:
+                query = query + attend(query, earlier_states(state, count, query))
         if config.router_norm:
-            query, key = rms_norm(query, QUERY_EPS), rms_norm(key)
-        logits = F.linear(query, key)
-        logits = logits * (config.temperature / math.sqrt(config.key_dim))
+            query = rms_norm(query, QUERY_EPS)
+        logits = F.linear(query, made.key())
         if not config.shared_atoms:
             logits = own_atoms(logits, block, memory.num_blocks(name), 0.0 if config.generated_core else float("-inf"))
         if config.has_prior:
             # Once a block, though the same for all: so recomputation of any one layer meets the same tensors.
-            prior = instruction_prior(memory, name, z, context)
+            prior = made.in_this_pass("prior", lambda: instruction_prior(memory, name, z, context))
             if config.has_prior_kl:
                 divergence = divergence_from_prior(logits, prior, context.token_mask)
                 if recording:
                     state.divergences.append(divergence)
             logits = logits + config.current_prior * prior
         weights = F.silu(logits) if config.generated_core else top_k_softmax(logits, config.top_k)
-        routed = routed_operator(weights, memory.cores(name, z))
+        routed = routed_operator(weights, made.cores())
         if config.granularity == "row":
             weights, routed = weights.expand(*z.shape[:-1], -1), routed.expand(*z.shape[:-1], -1, -1)
         summary = None
         if name in memory.queryable_summary and block < memory.num_blocks(name) - 1:
             normed = pooled(config, normed_state(z.float(), routed), context)
-            summary = F.linear(normed, float32(memory.queryable_summary[name], z))
+            summary = F.linear(normed, made.summary())
     if recording:
         state.routed[block] = routed
         if summary is not None:
@@ -101,8 +100,81 @@ def form_route(
     return routed
 
 
+class MadeOfWeights:
+    """What routes need of an adapter's weights, float32 on the device of ``z``.
+
+    Without gradients it is made once a pass, or once for as long as weights are fixed. With them it is made for each
+    block, so that the recomputation of any one layer meets the same tensors.
+    """
+
+    def __init__(self, memory: QueryableMemory, name: str, z: Tensor, state: AdapterPass) -> None:
+        self.memory, self.name, self.z = memory, name, z
+        self.of_pass = None if torch.is_grad_enabled() else state.kept
+        self.kept = None if self.of_pass is None else memory.holder.kept or self.of_pass
+
+    def _once(self, kept: Kept | None, key: tuple[str | int, ...], make: Callable[[], Tensor]) -> Tensor:
+        return make() if kept is None else kept.once((self.name, *key, self.z.device), make)
+
+    def in_this_pass(self, what: str, make: Callable[[], Tensor]) -> Tensor:
+        """What is the same for all blocks of a pass."""
+        return self._once(self.of_pass, (what,), make)
+
+    def query(self, block: int) -> tuple[Tensor, Tensor]:
+        """A block's query projection (K, R) and offset (K,)."""
+        projection, offset = self.memory.queryable_query[self.name], self.memory.queryable_block[self.name]
+        return (
+            self._once(self.kept, ("query", block), lambda: float32(projection[block], self.z)),
+            self._once(self.kept, ("offset", block), lambda: float32(offset[block], self.z)),
+        )
+
+    def key(self) -> Tensor:
+        """The atoms' keys as they meet a query, (M, K)."""
+        return self._once(self.kept, ("key",), self._key)
+
+    def _key(self) -> Tensor:
+        config, key = self.memory.configs[self.name], float32(self.memory.queryable_key[self.name], self.z)
+        return (rms_norm(key) if config.router_norm else key) * (config.temperature / math.sqrt(config.key_dim))
+
+    def cores(self) -> Tensor:
+        """The cores as they act, (M, R, R)."""
+        return self._once(self.kept, ("cores",), lambda: self.memory.cores(self.name, self.z))
+
+    def summary(self) -> Tensor:
+        """The depth summary's projection, (K, R)."""
+        return self._once(self.kept, ("summary",), lambda: float32(self.memory.queryable_summary[self.name], self.z))
+
+    def mean_state(self, block: int, width: int, factor: Tensor) -> Tensor:
+        """``A mean`` of a block's first layer, (R,)."""
+        means = self.memory.queryable_input[self.name]
+
+        def make() -> Tensor:
+            return F.linear(float32(means.of(block, width), self.z), float32(factor, self.z))
+
+        return self._once(self.kept, ("mean", block), make)
+
+
+def earlier_states(state: AdapterPass, count: int, query: Tensor) -> Tensor:
+    """The states of the first ``count`` blocks, (..., J, K)."""
+    if torch.is_grad_enabled():
+        return stack_states(state.states[:count], query)
+    stacked = state.stacked
+    if stacked is None or stacked.shape[:-2] != query.shape[:-1] or stacked.device != query.device:
+        stacked = stack_states(state.states[:count], query)
+    elif stacked.shape[-2] < count:
+        stacked = torch.cat([stacked, stack_states(state.states[stacked.shape[-2] : count], query)], dim=-2)
+    state.stacked = stacked
+    return stacked[..., :count, :]
+
+
 def query_state(
-    memory: QueryableMemory, name: str, block: int, x: Tensor, z: Tensor, factor: Tensor, context: ForwardContext
+    memory: QueryableMemory,
+    name: str,
+    block: int,
+    x: Tensor,
+    z: Tensor,
+    factor: Tensor,
+    context: ForwardContext,
+    made: MadeOfWeights,
 ) -> Tensor:
     """What a block's query reads, (..., R): its low-rank state, less that of the mean input, of unit mean square."""
     if not memory.configs[name].center_queries:
@@ -110,7 +182,7 @@ def query_state(
     means = memory.queryable_input[name]
     if memory.training and torch.is_grad_enabled() and not memory.holder.recomputing:
         means.measure(block, x, context.token_mask)
-    return centered(z.float(), float32(means.of(block, x.shape[-1]), z), float32(factor, z))
+    return centered(z.float(), made.mean_state(block, x.shape[-1], factor))
 
 
 def pooled(config: QueryableMemoryConfig, states: Tensor, context: ForwardContext) -> Tensor:

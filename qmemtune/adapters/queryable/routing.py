@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qmemtune.adapters.queryable.apply import apply_operator
+from qmemtune.adapters.queryable.apply import apply_operator, routed_product
 
 
 def stack_states(states: list[Tensor], query: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def rms_norm(z: Tensor, eps: float = 1e-6) -> Tensor:
 
 def normed_state(z: Tensor, routed: Tensor) -> Tensor:
     """``h = rmsnorm(C z)``. Shapes: z (..., R), routed operator C (..., R, R)."""
-    return rms_norm(apply_operator(z, routed))
+    return rms_norm(apply_operator(z, routed) if torch.is_grad_enabled() else routed_product(routed, z))
 
 
 def routed_operator(weights: Tensor, core: Tensor) -> Tensor:

@@ -1,0 +1,197 @@
+"""What follows from an adapter's weights alone, made once where the weights stay as they are.
+
+A decoded token costs calls, not arithmetic, so here are as few of them as can be. What a route needs of the weights is
+made once a pass, or, with :class:`FixedWeights`, once; and then layers that read the same input (query, key and value;
+gate and up) have their low-rank states from one product, and pass them through the routed operator in a second one.
+
+Tensor letters: D input width, R rank, O output features, G layers of a group, T tokens; ``...`` are an input's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qmemtune.adapters.queryable.layer import QueryableLinear
+
+
+class Kept:
+    """Tensors made of weights, by what they are."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Any, Tensor] = {}
+
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` returned at the first call with this key."""
+        found = self._tensors.get(key)
+        if found is None:
+            found = self._tensors[key] = make()
+        return found
+
+
+def fixed_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """Decode faster: while open, in this thread, the weights of the model's queryable memory must not change.
+
+    Only passes without gradients differ, and those in rounding only. A model without queryable memory stays as it is.
+
+    Example:
+        >>> with torch.no_grad(), fixed_weights(model):
+        ...     model.generate(**inputs)
+    """
+    return FixedWeights(model).held()
+
+
+class FixedWeights:
+    """The same, to be opened several times: for a caller that may not leave it open in between.
+
+    Args:
+        model: any.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from qmemtune.adapters.queryable.layer import QueryableLinear
+        from qmemtune.adapters.queryable.memory import memory_of
+
+        self._memory = memory_of(model)
+        self._kept = Kept()
+        layers = [module for module in model.modules() if isinstance(module, QueryableLinear)]
+        self._forwards = [(layer, made) for layer in layers if (made := fixed_forward(layer)) is not None]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While open, weights must not change; nor may they between two times."""
+        if self._memory is None:
+            yield
+            return
+        holder = self._memory.holder
+        # Nested, or in another thread at the same time: the one that was first stays, and is the one to go.
+        mine = [(layer, made) for layer, made in self._forwards if "forward" not in layer.__dict__]
+        before, holder.kept = holder.kept, holder.kept or self._kept
+        for layer, made in mine:
+            layer.forward = made
+        try:
+            yield
+        finally:
+            holder.kept = before
+            if holder.group is not None:
+                holder.group.forget()
+                holder.group = None
+            for layer, made in mine:
+                if layer.__dict__.get("forward") is made:
+                    del layer.forward
+
+
+class Group:
+    """Layers of one block that read the same input.
+
+    Args:
+        first: the one that runs first.
+        name: the adapter.
+    """
+
+    def __init__(self, first: QueryableLinear, name: str) -> None:
+        self.members = [first]
+        self.name = name
+        weight = first.queryable_A[name].weight
+        self._kind, self._device = weight.dtype, weight.device.type
+        self._factors: dict[torch.dtype, Tensor] = {}
+        # In one tuple: threads may share a group, and each takes only what was made for its own input and pass.
+        self._made: tuple[Tensor, Any, Sequence[Tensor]] | None = None
+
+    def add(self, layer: QueryableLinear) -> int:
+        """Make this layer's states with the others' from now on; returns its place."""
+        self.members.append(layer)
+        self._factors.clear()
+        self._made = None
+        return len(self.members) - 1
+
+    def reads(self, x: Tensor, context: Any) -> bool:
+        """Whether this is the input for which the states were made last."""
+        made = self._made
+        return made is not None and made[0] is x and made[1] is context
+
+    def takes(self, layer: QueryableLinear, name: str) -> bool:
+        """Whether a layer has its route from the same block of the same adapter."""
+        return self.name == name and self.members[0].block[name] == layer.block[name]
+
+    def forget(self) -> None:
+        """Let go of the last input: that of a long prompt is large."""
+        self._made = None
+
+    def states(self, x: Tensor, context: Any) -> Sequence[Tensor]:
+        """``C A x`` of each member, (T, R) each.
+
+        Args:
+            x: input, (..., D).
+            context: its forward pass.
+        """
+        made = self._made
+        if made is not None and made[0] is x and made[1] is context:
+            return made[2]
+        states = self._make(x)
+        self._made = x, context, states
+        return states
+
+    def _make(self, x: Tensor) -> Sequence[Tensor]:
+        first, count = self.members[0], len(self.members)
+        kind = torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else self._kind
+        factors = self._factors.get(kind)
+        if factors is None:
+            factors = torch.cat([member.queryable_A[self.name].weight.detach().to(kind) for member in self.members]).t()
+            self._factors[kind] = factors
+        # Two dimensions, and no operators: what finds out shapes costs as much as the product of one token.
+        rows = x.reshape(-1, x.shape[-1])
+        states = torch.mm(rows if rows.dtype == kind else rows.to(kind), factors)
+        tokens, rank = states.shape[0], states.shape[1] // count
+        own = states if count == 1 else states[:, :rank]
+        routed = first.routed(self.name, x, own if x.dim() == 2 else own.view(*x.shape[:-1], rank))
+        if tokens == 1:
+            made = torch.mm(states.view(count, rank), routed.view(rank, rank).t())
+            return (made,) if count == 1 else made.split(1)
+        made = torch.bmm(states.view(tokens, count, rank), routed.reshape(tokens, rank, rank).transpose(1, 2))
+        return made.unbind(1)
+
+
+def fixed_forward(layer: QueryableLinear) -> Callable[..., Tensor] | None:
+    """A forward for passes without gradient with the adapter that is active now; others go through the layer's own.
+
+    Returns None where more than one adapter is active.
+    """
+    active = list(layer.active_adapters)
+    if len(active) != 1 or active[0] not in layer.queryable_A:
+        return None
+    name = active[0]
+    base, holder, plain = layer.base_layer, layer.memory.holder, layer.forward
+    factor, scaling, dropout = layer.queryable_B[name].weight, layer.scaling[name], layer.dropout[name]
+    factors: dict[torch.dtype, Tensor] = {}
+    group, place = Group(layer, name), 0
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal group, place
+        other = args or kwargs or layer._disable_adapters or layer.active_adapters != active
+        if other or torch.is_grad_enabled() or (dropout and layer.training):
+            own: Tensor = plain(x, *args, **kwargs)
+            return own
+        result: Tensor = base(x)
+        context, last = holder.current, holder.group
+        if last is not group:
+            if last is not None and last.reads(x, context) and last.takes(layer, name):
+                group, place = last, last.add(layer)
+            elif last is not None:
+                last.forget()
+            holder.group = group
+        state = group.states(x, context)[place]
+        cast = factors.get(state.dtype)
+        if cast is None:
+            cast = factors[state.dtype] = factor.detach().to(state.dtype).t()
+        if result.dtype == state.dtype and result.is_contiguous():
+            result.view(-1, result.shape[-1]).addmm_(state, cast, alpha=scaling)
+            return result
+        return result.add_((state @ cast).view(result.shape), alpha=scaling)
+
+    return forward
