@@ -60,10 +60,9 @@ class Contestant:
     def __init__(self, kind: str, args: argparse.Namespace, quantization: str) -> None:
         self.device = pick_device()
         self.dtype = compute_dtype(args.dtype, self.device)
-        kind = str(self.dtype).removeprefix("torch.")
         path = base_folder(args.base, Path(args.cache))
         self.base: PreTrainedModel = load_base(
-            ModelConfig(path=path, compute_dtype=kind), QuantizationConfig(kind=quantization), device=self.device
+            ModelConfig(path=path, compute_dtype=args.dtype), QuantizationConfig(kind=quantization), device=self.device
         )
         adapter, self.fused = KINDS[kind]
         config = adapter(r=args.rank)

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qmemtune.adapters.queryable import FixedWeights, QueryableLinear, fixed_weights
+from qmemtune.engine.fused import fused_on_cpu
 
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "matmul", "baddbmm")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -100,6 +101,23 @@ def test_it_may_be_opened_again_and_within_itself(llama):
         assert llama.memory(model).holder.kept is None
         assert not any("forward" in module.__dict__ for module in model.modules())
         assert torch.equal(llama.logits(model, ids), expected)
+
+
+def test_a_forward_that_a_layer_had_is_put_back(llama):
+    model, ids = llama.adapted(), llama.tokens(2, 5)
+    expected = llama.logits(model, ids)
+    with fused_on_cpu(model):
+        fused = [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
+        torch.testing.assert_close(twice_fixed(llama, model, ids)[1], expected, **CLOSE)
+        with Products() as products:
+            llama.logits(model, ids)
+        with fixed_weights(model):
+            llama.logits(model, ids)
+            with Products() as fixed:
+                llama.logits(model, ids)
+        assert fixed.count < products.count
+        assert [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__] == fused
+    assert torch.equal(llama.logits(model, ids), expected)
 
 
 def test_it_closes_after_an_error(llama):

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from qmemtune.adapters.queryable.layer import QueryableLinear
 
 
+FIXED = "_qmemtune_fixed"
+"""Marks the forwards that are made here."""
+
+
 class Kept:
     """Tensors made of weights, by what they are."""
 
@@ -70,7 +74,8 @@ class FixedWeights:
             return
         holder = self._memory.holder
         # Nested, or in another thread at the same time: the one that was first stays, and is the one to go.
-        mine = [(layer, made) for layer, made in self._forwards if "forward" not in layer.__dict__]
+        mine = [(layer, made) for layer, made in self._forwards if not hasattr(layer.forward, FIXED)]
+        own = [layer.__dict__.get("forward") for layer, _ in mine]
         before, holder.kept = holder.kept, holder.kept or self._kept
         for layer, made in mine:
             layer.forward = made
@@ -81,9 +86,11 @@ class FixedWeights:
             if holder.group is not None:
                 holder.group.forget()
                 holder.group = None
-            for layer, made in mine:
-                if layer.__dict__.get("forward") is made:
+            for (layer, _), forward in zip(mine, own, strict=True):
+                if forward is None:
                     del layer.forward
+                else:
+                    layer.forward = forward
 
 
 class Group:
@@ -194,4 +201,5 @@ def fixed_forward(layer: QueryableLinear) -> Callable[..., Tensor] | None:
             return result
         return result.add_((state @ cast).view(result.shape), alpha=scaling)
 
+    setattr(forward, FIXED, True)
     return forward
