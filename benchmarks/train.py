@@ -50,7 +50,7 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
             sys.executable, str(Path(__file__).parent / "peers" / "trl_sft.py"), "--model", base,
             "--train", args.train, "--eval", args.eval, "--steps", str(args.steps), "--batch", str(args.batch),
             "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(args.sequence),
-            "--eval-rows", str(args.eval_rows), "--quantization", quantization, "--mode", PEERS[name],
+            "--quantization", quantization, "--mode", PEERS[name],
             "--dtype", args.dtype, *(["--checkpointing"] if args.checkpointing else []),
         ]  # fmt: skip
         found = last_json(command)
@@ -59,7 +59,7 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
         command = [
             sys.executable, "-c", "import sys; from qmemtune.cli.app import main; sys.exit(main())",
             "train", "recipe=smollm2_gsm8k", f"model.path={base}", f"data.path={args.train}",
-            f"data.eval_path={args.eval}", f"data.max_length={args.sequence}", f"evaluation.max_rows={args.eval_rows}",
+            f"data.eval_path={args.eval}", f"data.max_length={args.sequence}",
             f"adapter={OURS[name]}", f"adapter.r={args.rank}", f"quantization={quantization}",
             f"trainer.per_device_train_batch_size={args.batch}", f"trainer.max_steps={args.steps}",
             f"optimizer.learning_rate={LEARNING_RATE}", f"model.compute_dtype={args.dtype}",
@@ -87,6 +87,15 @@ def joined(path: str, tokens: int, folder: Path) -> str:
             first = None
     target = folder / f"{Path(path).stem}-{tokens}.jsonl"
     target.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(target)
+
+
+def first_rows(path: str, count: int, folder: Path) -> str:
+    """The first rows of a file, as a file."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()[:count]
+    target = folder / f"{Path(path).stem}-first-{count}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(target)
 
 
@@ -159,6 +168,9 @@ def main() -> None:
     base = resolve(args.model, None).location if base == args.model else with_tokenizer(base)
     if args.sequence > 1024:
         args.train, args.eval = (joined(path, args.sequence, cache) for path in (args.train, args.eval))
+    # The same rows for all, each of them once.
+    count = args.steps * args.batch * (6 if "trl packed" in args.runs else 1)
+    args.train, args.eval = first_rows(args.train, count, cache), first_rows(args.eval, args.eval_rows, cache)
     kind = PEAK_OF["cuda" if torch.cuda.is_available() else "cpu"]
     flops = operations_per_token(base)
     lines, notes = [], []

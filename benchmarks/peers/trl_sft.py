@@ -25,7 +25,6 @@ parser.add_argument("--batch", type=int, required=True)
 parser.add_argument("--rank", type=int, required=True)
 parser.add_argument("--learning-rate", type=float, required=True)
 parser.add_argument("--max-length", type=int, required=True)
-parser.add_argument("--eval-rows", type=int, required=True)
 parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
 parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
 parser.add_argument("--checkpointing", action="store_true")
@@ -33,6 +32,7 @@ parser.add_argument("--mode", choices=["default", "grouped", "packing"], default
 args = parser.parse_args()
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback  # noqa: E402
@@ -41,8 +41,8 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def rows(path: str, limit: int) -> Dataset:
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:limit]]
+def rows(path: str) -> Dataset:
+    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return Dataset.from_list(
         [
             {"prompt": f"Question: {r['question']}\nAnswer: ", "completion": re.sub(r"<<.*?>>", "", r["answer"])}
@@ -92,8 +92,8 @@ clock = Clock()
 trainer = Counted(
     model=model,
     processing_class=tokenizer,
-    train_dataset=rows(args.train, args.steps * args.batch * (6 if args.mode == "packing" else 2)),
-    eval_dataset=rows(args.eval, args.eval_rows),
+    train_dataset=rows(args.train),
+    eval_dataset=rows(args.eval),
     peft_config=LoraConfig(r=args.rank, lora_alpha=2 * args.rank, task_type="CAUSAL_LM", target_modules=TARGETS),
     args=SFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -118,6 +118,22 @@ trainer = Counted(
     callbacks=[clock],
 )
 trainer.train()
+
+
+@torch.no_grad()
+def token_loss() -> float:
+    """Mean over all held-out tokens in the loss; Trainer's own is a mean of batches' means."""
+    total, count = 0.0, 0
+    trainer.model.eval()
+    for batch in trainer.get_eval_dataloader():
+        labels = batch["labels"][:, 1:].flatten()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        logits = trainer.model(**inputs).logits[:, :-1].flatten(0, 1)
+        total += F.cross_entropy(logits[labels != -100].float(), labels[labels != -100], reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
 print(
     json.dumps(
         {
@@ -127,7 +143,7 @@ print(
             "peak_mib": torch.cuda.max_memory_allocated() / 2**20
             if device == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "eval_loss": trainer.evaluate()["eval_loss"],
+            "eval_loss": token_loss(),
         }
     )
 )

@@ -21,6 +21,7 @@ from qmemtune.export.updates import Rows, Update, read_updates
 from qmemtune.models.layout import Layout, read_layout
 from qmemtune.models.round_trip import RoundTrip
 from qmemtune.models.sources import Source
+from qmemtune.models.threads import torch_threads
 
 PIECE = 1 << 19
 """Values in work at once: few enough to stay in a processor's cache from reading to writing."""
@@ -74,9 +75,12 @@ class Merge:
         shards, untied = self._plan(files, layout)
         check_space(folder, sum(tensor.size for _, tensors in shards for tensor in tensors))
         start = time.perf_counter()
-        sums = {
-            shard.path.name: write_shard(folder / shard.path.name, shard.metadata, tensors) for shard, tensors in shards
-        }
+        # The thread that writes needs a core too: torch's threads wait for each other wherever one of theirs is taken.
+        with torch_threads(torch.get_num_threads() - 1):
+            sums = {
+                shard.path.name: write_shard(folder / shard.path.name, shard.metadata, tensors)
+                for shard, tensors in shards
+            }
         if not self.changed:
             raise UserError(
                 "the merge changes no weight: the update is zero, or lost in rounding",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qmemtune.errors import UserError
+from qmemtune.models.threads import torch_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Data types by their names in configs."""
@@ -45,12 +46,8 @@ def _cpu_bf16_is_fast() -> bool:
     features = torch.cpu.get_capabilities()
     if not any(features.get(flag, False) for flag in CPU_BF16_FLAGS):
         return False
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         own_time = {dtype: matmul_seconds(dtype, clock=time.thread_time) for dtype in (torch.bfloat16, torch.float32)}
-    finally:
-        torch.set_num_threads(threads)
     return own_time[torch.bfloat16] <= own_time[torch.float32]
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from qmemtune.config.model import MlpConfig
 from qmemtune.models.gguf import models_root
+from qmemtune.models.threads import torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +69,8 @@ def trained_mlp(
     if file.is_file():
         model.load_state_dict(load_file(file))
     else:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with torch_threads(1):
             model = fitted(config, first, inputs, outputs, seed)
-        finally:
-            torch.set_num_threads(threads)
         store(model, file)
     return model.requires_grad_(False).eval()
 

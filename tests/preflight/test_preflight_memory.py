@@ -70,6 +70,14 @@ def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fu
     assert estimate.activations == pytest.approx(sum(saved.kept.values()), rel=0.1)
 
 
+def test_an_instruction_prior_is_traced_with_instructions(run_config, recwarn):
+    config = run_config("adapter=queryable", "adapter.r=4", "adapter.instruction_prior=1").config
+    without = run_config("adapter=queryable", "adapter.r=4").config
+    found, other = (RunMemory(c, CPU, runtime=0).estimate(WORK) for c in (config, without))
+    assert found.activations >= other.activations
+    assert not [w for w in recwarn if "instruction prior" in str(w.message)]
+
+
 def test_short_models_stand_for_a_long_one(run_config, monkeypatch):
     config = run_config("adapter=queryable", "adapter.r=4", "adapter.num_atoms=4", "adapter.block_size=1").config
     short = RunMemory(config, CPU, runtime=0).estimate(WORK)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qmemtune.adapters.queryable import memory_of
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.loss import frozen_head_loss
 from qmemtune.models.attention import short_rows_on_cpu
@@ -212,7 +213,7 @@ class Tracer:
         transform = transform_candidates(self.lm)[-1]
         attention = short_rows_on_cpu() if self.on_cpu else nullcontext()
         fused = fused_on_cpu(self.model) if self.fused else nullcontext()
-        with self.mode, attention, fused, self._checkpointed(checkpointing):
+        with self.mode, attention, fused, self._checkpointed(checkpointing), self._instructed(rows):
             # Every row as long as the longest, with a mask: what a batch takes at most.
             ids = torch.empty((rows, tokens), dtype=torch.long)
             mask = torch.empty((rows, 1, tokens, tokens), dtype=torch.bool)
@@ -234,6 +235,14 @@ class Tracer:
                 for parameter in self.model.parameters():
                     parameter.grad = None
         return Traced(activations, in_heap, forward, loss, backward)
+
+    def _instructed(self, rows: int) -> AbstractContextManager[Any]:
+        """Where there is an instruction prior, every row with an instruction, as a batch has at most."""
+        memory = memory_of(self.model)
+        if memory is None:
+            return nullcontext()
+        widths = {name: config.prior_dim for name, config in memory.configs.items() if config.has_prior}
+        return memory.instructed({name: torch.empty(rows, width) for name, width in widths.items() if width})
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # float16 does not train on a CPU, and takes what bfloat16 takes.
