@@ -35,7 +35,7 @@ class AdapterPass:
     """Block -> how many of ``states`` its route may read: those of blocks that ran before it."""
     stacked: Tensor | None = None
     """``states`` as one tensor (..., J, K), in passes without gradients."""
-    kept: Kept = field(default_factory=Kept)
+    kept: Kept = field(default_factory=dict)
     """What passes without gradients make of weights once a pass."""
     divergences: list[Tensor] = field(default_factory=list)
     """One mean KL(route without prior || prior) a block, scalars."""

@@ -24,18 +24,16 @@ FIXED = "_qmemtune_fixed"
 """Marks the forwards that are made here."""
 
 
-class Kept:
-    """Tensors made of weights, by what they are."""
+Kept = dict[Any, Tensor]
+"""Tensors made of weights, by what they are; a plain dictionary, which ``torch.compile`` follows."""
 
-    def __init__(self) -> None:
-        self._tensors: dict[Any, Tensor] = {}
 
-    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` returned at the first call with this key."""
-        found = self._tensors.get(key)
-        if found is None:
-            found = self._tensors[key] = make()
-        return found
+def once(kept: Kept, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` returned at the first call with this key."""
+    found = kept.get(key)
+    if found is None:
+        found = kept[key] = make()
+    return found
 
 
 def fixed_weights(model: nn.Module) -> AbstractContextManager[None]:
@@ -62,7 +60,7 @@ class FixedWeights:
         from qmemtune.adapters.queryable.memory import memory_of
 
         self._memory = memory_of(model)
-        self._kept = Kept()
+        self._kept: Kept = {}
         layers = [module for module in model.modules() if isinstance(module, QueryableLinear)]
         self._forwards = [(layer, made) for layer in layers if (made := fixed_forward(layer)) is not None]
 
@@ -76,7 +74,8 @@ class FixedWeights:
         # Nested, or in another thread at the same time: the one that was first stays, and is the one to go.
         mine = [(layer, made) for layer, made in self._forwards if not hasattr(layer.forward, FIXED)]
         own = [layer.__dict__.get("forward") for layer, _ in mine]
-        before, holder.kept = holder.kept, holder.kept or self._kept
+        before = holder.kept
+        holder.kept = self._kept if before is None else before
         for layer, made in mine:
             layer.forward = made
         try:

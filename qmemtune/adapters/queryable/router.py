@@ -19,7 +19,7 @@ from qmemtune.adapters.queryable.centering import centered
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.context import AdapterPass, ForwardContext
 from qmemtune.adapters.queryable.devices import float32, no_autocast
-from qmemtune.adapters.queryable.fixed import Kept
+from qmemtune.adapters.queryable.fixed import Kept, once
 from qmemtune.adapters.queryable.prior import divergence_from_prior, log_prior, rows_of
 from qmemtune.adapters.queryable.routing import (
     QUERY_EPS,
@@ -109,11 +109,14 @@ class MadeOfWeights:
 
     def __init__(self, memory: QueryableMemory, name: str, z: Tensor, state: AdapterPass) -> None:
         self.memory, self.name, self.z = memory, name, z
-        self.of_pass = None if torch.is_grad_enabled() else state.kept
-        self.kept = None if self.of_pass is None else memory.holder.kept or self.of_pass
+        self.of_pass: Kept | None = None
+        self.kept: Kept | None = None
+        if not torch.is_grad_enabled():
+            self.of_pass, fixed = state.kept, memory.holder.kept
+            self.kept = self.of_pass if fixed is None else fixed
 
     def _once(self, kept: Kept | None, key: tuple[str | int, ...], make: Callable[[], Tensor]) -> Tensor:
-        return make() if kept is None else kept.once((self.name, *key, self.z.device), make)
+        return make() if kept is None else once(kept, (self.name, *key, self.z.device), make)
 
     def in_this_pass(self, what: str, make: Callable[[], Tensor]) -> Tensor:
         """What is the same for all blocks of a pass."""
