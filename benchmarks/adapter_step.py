@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from report import spread, write_section
@@ -69,14 +68,15 @@ class Contestant:
         self.model = apply_adapter(self.base, config, seed=0)
         self.model.train()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config, learning_rate=1e-4, weight_decay=0.0))
-        self.loss_of = LabelledLoss(self.model)
-        self.forward: Callable[..., Any] = torch.compile(self.model) if args.compile else self.model
+        self.loss_of = LabelledLoss(self.model, compiled=args.compile)
+        self.compiled = args.compile
+        self.fused = self.fused and not self.compiled
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """As the training engine runs it."""
         on_cpu = self.device.type == "cpu"
-        attention = short_rows_on_cpu() if on_cpu else nullcontext()
+        attention = short_rows_on_cpu() if on_cpu and not self.compiled else nullcontext()
         with attention, dequantized_on_cpu(self.model), fused_on_cpu(self.model) if self.fused else nullcontext():
             yield
 
@@ -88,7 +88,7 @@ class Contestant:
         labels[:, : length // 2] = -100
         start = self.now()
         with autocast(self.device, self.dtype), self.loss_of.installed():
-            loss, _ = self.forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+            loss, _ = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -129,7 +129,8 @@ def interleaved(contestants: Sequence[Callable[[], float]], rounds: int) -> list
 def peak_mib(kind: str, args: argparse.Namespace, quantization: str, batch: int, length: int) -> float:
     """Peak memory of three steps, MiB, in a process of its own."""
     command = [
-        sys.executable, __file__, "--base", args.base, "--cache", args.cache, "--rank", str(args.rank),
+        sys.executable, __file__, *(["--compile"] if args.compile else []),
+        "--base", args.base, "--cache", args.cache, "--rank", str(args.rank),
         "--dtype", args.dtype, "--quantization", quantization, "--batch", f"{batch}x{length}", "--memory-of", kind,
     ]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="counted rounds")
     parser.add_argument("--decode-rows", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--decode-tokens", type=int, default=48)
-    parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--compile", action="store_true", help="trainer.compile, for all contestants")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--write", action="store_true", help="write the section in benchmarks/README.md")
     parser.add_argument("--memory-of", choices=list(KINDS), help=argparse.SUPPRESS)

@@ -12,6 +12,7 @@ the machine is fast in (`--dtype`): bfloat16, or float32 where there are no inst
 On a GPU, with random weights in a published shape and rows joined to a length:
 
     python benchmarks/train.py --train ... --eval ... --model llama3_2_1b --sequence 2048 --checkpointing
+    python benchmarks/train.py --train ... --eval ... --model llama3_2_1b --sequence 2048 --compile
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
             "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(args.sequence),
             "--quantization", quantization, "--mode", PEERS[name],
             "--dtype", args.dtype, *(["--checkpointing"] if args.checkpointing else []),
+            *(["--compile"] if args.compile else []),
         ]  # fmt: skip
         found = last_json(command)
         return {k: float(v) for k, v in found.items()}
@@ -64,6 +66,7 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
             f"trainer.per_device_train_batch_size={args.batch}", f"trainer.max_steps={args.steps}",
             f"optimizer.learning_rate={LEARNING_RATE}", f"model.compute_dtype={args.dtype}",
             f"run_dir={folder}/run", "--json", f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
+            f"trainer.compile={str(args.compile).lower()}",
         ]  # fmt: skip
         found = last_json(command)
     names = ("tokens_per_s", "step_s_median", "first_step_done_s")
@@ -148,6 +151,7 @@ def main() -> None:
         "--sequence", type=int, default=MAX_LENGTH, help="longest row in tokens; above 1024 rows are joined"
     )
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, both tools")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, both tools")
     parser.add_argument("--train", required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--eval", required=True, help="GSM8K's test rows")
     parser.add_argument("--quantization", nargs="+", default=["nf4", "none"], choices=["none", "nf4"])
@@ -200,8 +204,10 @@ def main() -> None:
         "base", "run", "tokens/s", "step (s)", "first step (s)", f"peak {kind} (MiB)", "held-out loss",
         f"tokens/s, of {args.runs[0]}'s", "first step, of its", f"peak {kind}, of its", "of the limit",
     ]  # fmt: skip
-    plain = args.model == SMOLLM2 and args.sequence == MAX_LENGTH and not args.checkpointing
-    shape = f", {args.model}, {args.sequence} tokens" + (", checkpointing" if args.checkpointing else "")
+    plain = args.model == SMOLLM2 and args.sequence == MAX_LENGTH and not (args.checkpointing or args.compile)
+    named = "SmolLM2-135M" if args.model == SMOLLM2 else args.model
+    shape = f", {named}, {args.sequence} tokens" + (", checkpointing" if args.checkpointing else "")
+    shape += ", compiled" if args.compile else ""
     variant = "" if plain else shape
     text = (
         f"### Training: {args.steps} steps of {args.batch} rows of GSM8K, r={args.rank}{variant}\n\n"

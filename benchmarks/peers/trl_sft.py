@@ -28,6 +28,7 @@ parser.add_argument("--max-length", type=int, required=True)
 parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
 parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
 parser.add_argument("--checkpointing", action="store_true")
+parser.add_argument("--compile", action="store_true")
 parser.add_argument("--mode", choices=["default", "grouped", "packing"], default="default")
 args = parser.parse_args()
 
@@ -113,6 +114,7 @@ trainer = Counted(
         use_cpu=device == "cpu",
         bf16=False,
         gradient_checkpointing=args.checkpointing,
+        torch_compile=args.compile,
         disable_tqdm=True,
     ),
     callbacks=[clock],

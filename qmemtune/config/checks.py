@@ -69,6 +69,16 @@ def reentrant(c: Config) -> Iterator[Problem]:
 
 
 @check
+def compiled_recomputation(c: Config) -> Iterator[Problem]:
+    if c.trainer.compile and c.trainer.gradient_checkpointing and isinstance(c.adapter, QueryableConfig):
+        yield (
+            "trainer.compile",
+            "routes pass from layer to layer, which torch.compile does not follow into recomputed layers",
+            "set trainer.compile=false or trainer.gradient_checkpointing=false",
+        )
+
+
+@check
 def packing(c: Config) -> Iterator[Problem]:
     if not c.trainer.packing or not isinstance(c.adapter, QueryableConfig):
         return

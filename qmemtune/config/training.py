@@ -68,6 +68,9 @@ class TrainerConfig:
     fused_layers: bool = True
     """On a CPU: adapted layers, RMS norms, gated units and rotary embeddings in fewer passes over memory, with less
     kept for the backward pass. The numbers differ in the last bits. No effect on a GPU."""
+    compile: bool = False
+    """Compile the decoder for training steps (torch.compile): a minute or more before the first steps, shorter ones
+    after. Takes the place of fused_layers. Needs Triton on a GPU, a C++ compiler on a CPU."""
     num_workers: int = 0
     """Processes that prepare batches beside the training process."""
     deterministic: bool = False

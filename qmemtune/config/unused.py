@@ -82,6 +82,7 @@ def _task(c: Config) -> dict[str, str]:
     reasons = dict.fromkeys(keys, "the rows of a regression are generated")
     for name in ("tokenizer", "chat_template", "attn_implementation", "trust_remote_code"):
         reasons[f"model.{name}"] = "the base of a regression is trained here"
+    reasons["trainer.compile"] = "the network of a regression is too small to gain by it"
     for name in ("packing", "length_grouping"):
         reasons[f"trainer.{name}"] = "the rows of a regression are of one length"
     return reasons
@@ -103,6 +104,8 @@ def _adapter(c: Config) -> dict[str, str]:
 
 def _training(c: Config) -> dict[str, str]:
     reasons = {}
+    if c.trainer.compile and c.trainer.fused_layers:
+        reasons["trainer.fused_layers"] = "trainer.compile takes their place"
     if c.trainer.packing:
         reasons["trainer.length_grouping"] = "trainer.packing is on"
     if not c.trainer.gradient_checkpointing:

@@ -20,6 +20,7 @@ from qmemtune.data.targets import count_targets
 from qmemtune.engine.batching import Batching, check_rows_stay_apart
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.task import Batch, Task
+from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import draw_samples, evaluate
 
 
@@ -54,7 +55,13 @@ class LanguageTask(Task):
         if self.batching.packed:
             check_rows_stay_apart(model, device, dtype)
         with self.source.context([""]):
-            self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model))
+            self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model), compiled=config.trainer.compile)
+        if config.trainer.compile and self.labelled_loss.full_logits:
+            raise UserError(
+                f"{type(self.labelled_loss.lm).__name__} cannot be compiled here: its way to logits is not known",
+                where="trainer.compile",
+                fix="set it to false",
+            )
 
     def count(self, batch: Batch) -> Tensor:
         """Labelled tokens, real tokens, and real tokens of rows with an instruction."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import shifted_targets
+from qmemtune.engine.compiling import compiled as compile_decoder
 from qmemtune.models.head import Transform, contiguous_input, decoder_of, find_transform, unchanged
 
 CHUNK = 1024
@@ -153,6 +154,7 @@ class LabelledLoss:
         model: a PEFT model around a causal language model.
         auxiliary: called after the forward pass of the base model: a loss term of the adapter, or None.
         loss_of: the loss of labelled positions.
+        compiled: compile the decoder; only for models whose way from hidden states to logits is known.
     """
 
     def __init__(
@@ -160,12 +162,15 @@ class LabelledLoss:
         model: nn.Module,
         auxiliary: Callable[[], Tensor | None] = lambda: None,
         loss_of: LossOf = cross_entropy,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.loss_of = loss_of
         self.tuner: nn.Module = model.base_model  # type: ignore[assignment]
         self.lm: nn.Module = model.get_base_model()  # type: ignore[operator]
         self.auxiliary = auxiliary
         self.transform = find_transform(self.lm)
+        self.compiled = compile_decoder(decoder_of(self.lm)) if compiled else None
 
     @property
     def full_logits(self) -> bool:
@@ -202,7 +207,8 @@ class LabelledLoss:
     def _from_hidden(self, inputs: dict[str, Any], labelled: Tensor, targets: Tensor) -> Tensor:
         head, transform = self.lm.get_output_embeddings(), self.transform  # type: ignore[operator]
         assert transform is not None
-        hidden = decoder_of(self.lm)(**inputs)[0][labelled]
+        decoder = self.compiled if self.compiled is not None and torch.is_grad_enabled() else decoder_of(self.lm)
+        hidden = decoder(**inputs)[0][labelled]
 
         def logits_of(chunk: Tensor) -> Tensor:
             return transform(head(chunk))

@@ -95,9 +95,12 @@ class RunTrainer(Trainer):
     def _fast_kernels(self) -> Iterator[None]:
         """On a CPU, attention over short rows, 4-bit layers and fused layers compute in faster ways meanwhile."""
         config = self.parts.config
-        attention = short_rows_on_cpu() if config.model.attn_implementation is None else nullcontext()
-        copies = dequantized_on_cpu(self.model, processes=self.args.world_size)
-        with attention, copies as size, fused_on_cpu(self.model) if config.trainer.fused_layers else nullcontext():
+        # A compiler fuses by itself what is written out plainly.
+        compiled = config.trainer.compile
+        plain = compiled or config.model.attn_implementation is not None
+        attention = nullcontext() if plain else short_rows_on_cpu()
+        fused = fused_on_cpu(self.model) if config.trainer.fused_layers and not compiled else nullcontext()
+        with attention, dequantized_on_cpu(self.model, processes=self.args.world_size) as size, fused:
             if size:
                 self.parts.progress.message(
                     f"dequantised copies of the 4-bit weights make training faster and take {size / 1e6:,.0f} MB "

@@ -215,8 +215,8 @@ class RunMemory:
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "quantization": "none" if has_copies else quantization.kind,
-            "on_cpu": self.on_cpu and config.model.attn_implementation is None,
-            "fused": self.on_cpu and config.trainer.fused_layers,
+            "on_cpu": self.on_cpu and config.model.attn_implementation is None and not config.trainer.compile,
+            "fused": self.on_cpu and config.trainer.fused_layers and not config.trainer.compile,
             "unit": config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
         }
         self._tracer = lambda: Tracer(self.model, quantised=quantised, **options)
