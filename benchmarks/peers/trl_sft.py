@@ -46,7 +46,7 @@ def rows(path: str) -> Dataset:
     lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return Dataset.from_list(
         [
-            {"prompt": f"Question: {r['question']}\nAnswer: ", "completion": re.sub(r"<<.*?>>", "", r["answer"])}
+            {"prompt": f"Question: {r['question']}\nAnswer:", "completion": " " + re.sub(r"<<.*?>>", "", r["answer"])}
             for r in lines
         ]
     )

@@ -46,7 +46,7 @@ def analyse(plan: Plan, results: Sequence[Result], tuning_seeds: Sequence[int]) 
             "tuning_seeds": tuning,
             "settings": [{"name": s.name, "about": s.about} for s in plan.settings],
             "variants": [{"name": v.name, "about": v.about} for v in plan.variants],
-            "metrics": [asdict(metric) for metric in plan.study.metrics],
+            "metrics": [asdict(metric) for metric in measured(plan.study.metrics, results)],
             "comparisons": [
                 compared(plan, setting, variant, main, tuning) for setting in plan.settings for variant in plan.variants
             ],
@@ -124,6 +124,11 @@ def one_metric(
         "tuning": on([seed for seed in both if seed in tuning]),
         "confirmation": on([seed for seed in both if seed not in tuning]),
     }
+
+
+def measured(metrics: Sequence[Metric], results: Sequence[Result]) -> list[Metric]:
+    """The metrics that some run has (a study may be run without generation), and the loss in any case."""
+    return [m for m in metrics if m.name == LOSS.name or any(value_of(result, m) is not None for result in results)]
 
 
 def value_of(result: Result, metric: Metric) -> float | None:

@@ -40,7 +40,7 @@ def adapted(folder, adapter):
     model = apply_adapter(base, config, seed=0).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model
@@ -114,13 +114,13 @@ def test_a_compiled_run_ends_as_a_plain_one(tiny_llama_dir, tmp_path, adapter):
     except UserError as error:
         pytest.skip(str(error))
     losses = []
-    for compile in (False, True):
+    for switched_on in (False, True):
         composed = compose(
             [
                 f"model.path={tiny_llama_dir}", "model.compute_dtype=float32", "data.path=generated:word_lists",
                 "quantization=nf4", f"adapter={adapter}", "adapter.r=4", "trainer.max_steps=4",
-                "trainer.per_device_train_batch_size=4", "evaluation.max_rows=8", f"trainer.compile={compile}",
-                f"run_dir={tmp_path / str(compile)}",
+                "trainer.per_device_train_batch_size=4", "evaluation.max_rows=8", f"trainer.compile={switched_on}",
+                f"run_dir={tmp_path / str(switched_on)}",
             ]
         )  # fmt: skip
         losses.append(train(composed)["eval"]["loss"])

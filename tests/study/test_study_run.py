@@ -16,6 +16,8 @@ from qmemtune.engine.shared import Loads
 from qmemtune.engine.trainer import RunTrainer
 from qmemtune.rundir import read_json
 from qmemtune.study import cell as cells_run
+from qmemtune.study.analysis import measured
+from qmemtune.study.design import EXACT_MATCH, LOSS, ROW_ACCURACY
 from qmemtune.study.readme import BEGIN, END, section, update
 from qmemtune.study.run import worker_pool
 from qmemtune.study.tables import markdown
@@ -138,6 +140,12 @@ def test_a_diverged_run_counts_as_its_base(tmp_path):
     base = read_json(next((tmp_path / "study").rglob("result.json")))["base_loss"]
     assert lora["diverged"] == 1
     assert lora["metrics"]["loss"]["mean"] == pytest.approx(base, rel=1e-4)
+
+
+def test_a_metric_that_no_run_has_is_left_out():
+    runs = [{"metrics": {"loss": 1.0, "row_accuracy": 0.5}, "base_loss": 2.0}, {"metrics": {}, "base_loss": 2.0}]
+    assert measured((LOSS, ROW_ACCURACY, EXACT_MATCH), runs) == [LOSS, ROW_ACCURACY]
+    assert measured((LOSS, ROW_ACCURACY), []) == [LOSS]
 
 
 def test_the_readme_section_is_made_of_the_stored_results(done, tmp_path):
