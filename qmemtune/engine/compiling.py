@@ -12,9 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from qmemtune.config.schema import Config
 from qmemtune.errors import UserError
 
 KEY = "trainer.compile"
+
+
+def has_fused_layers(config: Config) -> bool:
+    """Whether training on a CPU runs in fused layers: a compiler fuses by itself what is written out plainly."""
+    return config.trainer.fused_layers and not config.trainer.compile
+
+
+def has_short_attention(config: Config) -> bool:
+    """Whether training on a CPU has its own attention over short rows."""
+    return config.model.attn_implementation is None and not config.trainer.compile
 
 
 def check_compiler(device: torch.device) -> None:

@@ -23,7 +23,7 @@ from qmemtune.data.prepared import PreparedData
 from qmemtune.data.regression import RegressionData, TensorRows, prepare_regression
 from qmemtune.data.rows import TokenRows
 from qmemtune.engine.arguments import refuse_data_parallel
-from qmemtune.engine.compiling import check_compiler
+from qmemtune.engine.compiling import check_compiler, has_fused_layers, has_short_attention
 from qmemtune.engine.findings import Findings
 from qmemtune.engine.folder import Opened, open_run, run_dtype
 from qmemtune.engine.made_with import check_unchanged, made_with
@@ -99,7 +99,7 @@ def preflight(
     found.attempt(refuse_data_parallel)
     found.attempt(lambda: check_backends(config.tracking))
     notes = found.attempt(lambda: check_method(config.adapter)) or []
-    if config.trainer.compile:
+    if config.trainer.compile and not is_regression(config):
         found.attempt(lambda: check_compiler(device))
     dtype = found.attempt(lambda: run_dtype(config, device))
     opened = found.attempt(
@@ -239,7 +239,8 @@ def check_memory(
     if isinstance(rows.train, TensorRows):
         return None, None
     workload = Workload.of(config, rows.train)
-    key = (config.model, config.quantization, config.adapter, config.optimizer, config.trainer, workload, world_size)
+    forms = (has_fused_layers(config), has_short_attention(config))
+    key = (config.model, config.quantization, config.adapter, config.optimizer, forms, workload, world_size)
 
     def make() -> RunMemory:
         memory = RunMemory(config, device, processes=world_size)

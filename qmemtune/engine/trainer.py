@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from qmemtune.adapters import parameter_groups
 from qmemtune.adapters.queryable.statistics import RouteUse
 from qmemtune.engine.checkpoints import WRITING
+from qmemtune.engine.compiling import has_fused_layers, has_short_attention
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.evaluations import Evaluations
 from qmemtune.engine.fused import fused_on_cpu
@@ -95,11 +96,8 @@ class RunTrainer(Trainer):
     def _fast_kernels(self) -> Iterator[None]:
         """On a CPU, attention over short rows, 4-bit layers and fused layers compute in faster ways meanwhile."""
         config = self.parts.config
-        # A compiler fuses by itself what is written out plainly.
-        compiled = config.trainer.compile
-        plain = compiled or config.model.attn_implementation is not None
-        attention = nullcontext() if plain else short_rows_on_cpu()
-        fused = fused_on_cpu(self.model) if config.trainer.fused_layers and not compiled else nullcontext()
+        attention = short_rows_on_cpu() if has_short_attention(config) else nullcontext()
+        fused = fused_on_cpu(self.model) if has_fused_layers(config) else nullcontext()
         with attention, dequantized_on_cpu(self.model, processes=self.args.world_size) as size, fused:
             if size:
                 self.parts.progress.message(

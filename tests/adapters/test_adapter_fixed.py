@@ -28,6 +28,14 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def products(family, model, ids) -> int:
+    """Matrix products of a second pass: groups of layers are known by then."""
+    family.logits(model, ids)
+    with Products() as counted:
+        family.logits(model, ids)
+    return counted.count
+
+
 def twice_fixed(family, model, ids, **inputs):
     """Logits of two passes: layers that read the same input are joined from the second one on."""
     with fixed_weights(model):
@@ -50,15 +58,10 @@ def test_logits_are_those_of_a_plain_pass(family, options, shape):
 
 def test_layers_that_read_the_same_input_share_their_products(llama):
     model, ids = llama.adapted(), llama.tokens(1, 1)
-    llama.logits(model, ids)
-    with Products() as plain:
-        llama.logits(model, ids)
+    plain = products(llama, model, ids)
     with fixed_weights(model):
-        llama.logits(model, ids)
-        with Products() as fixed:
-            llama.logits(model, ids)
-    # Of seven adapted layers in each of four: three states and three operators less.
-    assert fixed.count <= plain.count - 4 * 6
+        # Of seven adapted layers in each of four: three states and three operators less.
+        assert products(llama, model, ids) <= plain - 4 * 6
 
 
 def test_cached_decoding_gives_the_plain_passes_tokens(family):
@@ -109,13 +112,9 @@ def test_a_forward_that_a_layer_had_is_put_back(llama):
     with fused_on_cpu(model):
         fused = [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
         torch.testing.assert_close(twice_fixed(llama, model, ids)[1], expected, **CLOSE)
-        with Products() as products:
-            llama.logits(model, ids)
+        plain = products(llama, model, ids)
         with fixed_weights(model):
-            llama.logits(model, ids)
-            with Products() as fixed:
-                llama.logits(model, ids)
-        assert fixed.count < products.count
+            assert products(llama, model, ids) < plain
         assert [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__] == fused
     assert torch.equal(llama.logits(model, ids), expected)
 

@@ -104,22 +104,22 @@ class Group:
         self.members = [first]
         self.name = name
         weight = first.queryable_A[name].weight
-        self._kind, self._device = weight.dtype, weight.device.type
-        self._factors: dict[torch.dtype, Tensor] = {}
+        self._kind: torch.dtype = weight.dtype
+        self._device: str = weight.device.type
+        self._factors: dict[tuple[torch.dtype, int], Tensor] = {}
         # In one tuple: threads may share a group, and each takes only what was made for its own input and pass.
         self._made: tuple[Tensor, Any, Sequence[Tensor]] | None = None
 
     def add(self, layer: QueryableLinear) -> int:
         """Make this layer's states with the others' from now on; returns its place."""
         self.members.append(layer)
-        self._factors.clear()
         self._made = None
         return len(self.members) - 1
 
-    def reads(self, x: Tensor, context: Any) -> bool:
-        """Whether this is the input for which the states were made last."""
+    def made_for(self, x: Tensor, context: Any) -> Sequence[Tensor] | None:
+        """The states that were made last, if for this input of this pass."""
         made = self._made
-        return made is not None and made[0] is x and made[1] is context
+        return made[2] if made is not None and made[0] is x and made[1] is context else None
 
     def takes(self, layer: QueryableLinear, name: str) -> bool:
         """Whether a layer has its route from the same block of the same adapter."""
@@ -136,20 +136,21 @@ class Group:
             x: input, (..., D).
             context: its forward pass.
         """
-        made = self._made
-        if made is not None and made[0] is x and made[1] is context:
-            return made[2]
-        states = self._make(x)
-        self._made = x, context, states
+        states = self.made_for(x, context)
+        if states is None:
+            states = self._make(x)
+            self._made = x, context, states
         return states
 
     def _make(self, x: Tensor) -> Sequence[Tensor]:
-        first, count = self.members[0], len(self.members)
+        # As they are now: another thread may add one meanwhile.
+        members = tuple(self.members)
+        first, count = members[0], len(members)
         kind = torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else self._kind
-        factors = self._factors.get(kind)
+        factors = self._factors.get((kind, count))
         if factors is None:
-            factors = torch.cat([member.queryable_A[self.name].weight.detach().to(kind) for member in self.members]).t()
-            self._factors[kind] = factors
+            factors = torch.cat([member.queryable_A[self.name].weight.detach().to(kind) for member in members]).t()
+            self._factors = {(kind, count): factors}
         # Two dimensions, and no operators: what finds out shapes costs as much as the product of one token.
         rows = x.reshape(-1, x.shape[-1])
         states = torch.mm(rows if rows.dtype == kind else rows.to(kind), factors)
@@ -186,7 +187,7 @@ def fixed_forward(layer: QueryableLinear) -> Callable[..., Tensor] | None:
         result: Tensor = base(x)
         context, last = holder.current, holder.group
         if last is not group:
-            if last is not None and last.reads(x, context) and last.takes(layer, name):
+            if last is not None and last.made_for(x, context) is not None and last.takes(layer, name):
                 group, place = last, last.add(layer)
             elif last is not None:
                 last.forget()

@@ -63,7 +63,7 @@ def form_route(
     recording = not memory.holder.recomputing
     made = MadeOfWeights(memory, name, z, state)
     with no_autocast(z.device):
-        normed = pooled(config, query_state(memory, name, block, x, z, factor, context, made), context)
+        normed = pooled(config, query_state(made, block, x, factor, context), context)
         query = F.linear(normed, *made.query(block))
         if name in memory.queryable_summary:
             # Recomputation meets the states of later blocks too; a route reads those that ran before it.
@@ -169,23 +169,14 @@ def earlier_states(state: AdapterPass, count: int, query: Tensor) -> Tensor:
     return stacked[..., :count, :]
 
 
-def query_state(
-    memory: QueryableMemory,
-    name: str,
-    block: int,
-    x: Tensor,
-    z: Tensor,
-    factor: Tensor,
-    context: ForwardContext,
-    made: MadeOfWeights,
-) -> Tensor:
+def query_state(made: MadeOfWeights, block: int, x: Tensor, factor: Tensor, context: ForwardContext) -> Tensor:
     """What a block's query reads, (..., R): its low-rank state, less that of the mean input, of unit mean square."""
-    if not memory.configs[name].center_queries:
-        return rms_norm(z.float())
-    means = memory.queryable_input[name]
+    memory, z = made.memory, made.z.float()
+    if not memory.configs[made.name].center_queries:
+        return rms_norm(z)
     if memory.training and torch.is_grad_enabled() and not memory.holder.recomputing:
-        means.measure(block, x, context.token_mask)
-    return centered(z.float(), made.mean_state(block, x.shape[-1], factor))
+        memory.queryable_input[made.name].measure(block, x, context.token_mask)
+    return centered(z, made.mean_state(block, x.shape[-1], factor))
 
 
 def pooled(config: QueryableMemoryConfig, states: Tensor, context: ForwardContext) -> Tensor:

@@ -14,6 +14,7 @@ from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
 from qmemtune.data.rows import TokenRows
+from qmemtune.engine.compiling import has_fused_layers, has_short_attention
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
 from qmemtune.engine.memory.traces import read_trace, trace_file, write_trace
 from qmemtune.engine.memory.tracing import Traced, Tracer
@@ -215,8 +216,8 @@ class RunMemory:
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "quantization": "none" if has_copies else quantization.kind,
-            "on_cpu": self.on_cpu and config.model.attn_implementation is None and not config.trainer.compile,
-            "fused": self.on_cpu and config.trainer.fused_layers and not config.trainer.compile,
+            "on_cpu": self.on_cpu and has_short_attention(config),
+            "fused": self.on_cpu and has_fused_layers(config),
             "unit": config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
         }
         self._tracer = lambda: Tracer(self.model, quantised=quantised, **options)
