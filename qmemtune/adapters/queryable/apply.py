@@ -72,16 +72,18 @@ class OperatorGradient:
 
     def __init__(self, routed: Tensor) -> None:
         self.routed = routed.detach()
-        self.joint: Tensor = _Join.apply(routed, self)
         self._run = -1
         self._left: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def of(cls, routed: Tensor) -> OperatorGradient:
-        """The one of an operator that needs a gradient, made at the first call."""
-        found: OperatorGradient | None = getattr(routed, cls.NAME, None)
+    def of(cls, routed: Tensor) -> tuple[OperatorGradient, Tensor]:
+        """The one of an operator that needs a gradient, made at the first call, and what joins layers to it."""
+        # Both on the operator: the node behind the second holds the first, which must not hold it in turn. Such a
+        # cycle outlives its step, and what it keeps tears the heap apart.
+        found: tuple[OperatorGradient, Tensor] | None = getattr(routed, cls.NAME, None)
         if found is None:
-            found = cls(routed)
+            gradient = cls(routed)
+            found = gradient, _Join.apply(routed, gradient)
             setattr(routed, cls.NAME, found)
         return found
 
@@ -185,8 +187,8 @@ def add_update(result: Tensor, z: Tensor, routed: Tensor, weight: Tensor, scalin
         result = result.clone(memory_format=torch.contiguous_format)
     gradient = joint = None
     if routed.requires_grad and torch.is_grad_enabled() and not routed.is_cuda:
-        gradient = OperatorGradient.of(routed)
-        routed, joint = gradient.routed, gradient.joint
+        gradient, joint = OperatorGradient.of(routed)
+        routed = gradient.routed
     updated: Tensor = _AddUpdate.apply(result, z, routed, weight, scaling, gradient, joint)
     return updated
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from qmemtune.adapters.queryable.apply import add_update
 from qmemtune.adapters.queryable.layer import QueryableLinear
 from qmemtune.engine.fused.remade import Remade, marked
+from qmemtune.engine.fused.room import HANDED_ON, PASSING, empty
 from qmemtune.models.dequantized import dequantized_weight, is_4bit_on_cpu
 
 WeightOf = Callable[[torch.dtype], Tensor | None]
@@ -56,7 +57,12 @@ class _BaseAndState(torch.autograd.Function):
             remade.expect()
         ctx.save_for_backward(cast, *kept)
         ctx.weight_of, ctx.factor_dtype, ctx.remade = weight_of, factor.dtype, remade
-        return F.linear(x, weight, bias), F.linear(x, cast)
+        result = empty(x, (len(x), len(weight)), x.dtype, HANDED_ON)
+        if bias is None:
+            torch.mm(x, weight.t(), out=result)
+        else:
+            torch.addmm(bias, x, weight.t(), out=result)
+        return result, F.linear(x, cast)
 
     @staticmethod
     @once_differentiable
@@ -64,7 +70,9 @@ class _BaseAndState(torch.autograd.Function):
         factor, *kept = ctx.saved_tensors
         grad_x = grad_factor = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.weight_of(grad.dtype)).addmm_(grad_state, factor)
+            weight = ctx.weight_of(grad.dtype)
+            grad_x = empty(grad, (len(grad), weight.shape[1]), grad.dtype, PASSING)
+            torch.mm(grad, weight, out=grad_x).addmm_(grad_state, factor)
         if ctx.needs_input_grad[4]:
             x = kept[0] if ctx.remade is None else ctx.remade.take(*kept).flatten(0, -2)
             grad_factor = (grad_state.t() @ x).to(ctx.factor_dtype)

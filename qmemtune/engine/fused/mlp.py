@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qmemtune.engine.fused.remade import Remade, mark
+from qmemtune.engine.fused.room import PASSING, empty
 
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -26,22 +26,27 @@ class _GatedUnit(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, remade: Remade) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.remade = remade
-        return F.silu(gate).mul_(up)
+        return _opened(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         opened = ctx.remade.by_product()
-        grad_up = (F.silu(gate) if opened is None else opened).mul_(grad)
-        grad_gate = grad * up
+        grad_up = (_opened(gate) if opened is None else opened).mul_(grad)
+        grad_gate = torch.mul(grad, up, out=empty(grad, grad.shape, grad.dtype, PASSING))
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_gate, grad_up, None
 
 
 def _again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    opened = F.silu(gate)
-    return opened * up, opened
+    opened = _opened(gate)
+    return torch.mul(opened, up, out=empty(gate, gate.shape, gate.dtype, PASSING)), opened
+
+
+def _opened(gate: Tensor) -> Tensor:
+    opened: Tensor = torch.ops.aten.silu.out(gate, out=empty(gate, gate.shape, gate.dtype, PASSING))
+    return opened
 
 
 def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

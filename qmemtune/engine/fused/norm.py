@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qmemtune.engine.fused.remade import Remade, mark
+from qmemtune.engine.fused.room import PASSING, copied, empty
 
 EPSILONS = ("variance_epsilon", "eps")
 """Names under which such layers keep their epsilon."""
@@ -29,28 +30,29 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, remade: Remade) -> tuple[Tensor, Tensor]:
-        wide = x.to(torch.float32, copy=True)
+        wide = copied(x, torch.float32)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         ctx.remade = remade
         ctx.mark_non_differentiable(scale)
-        return wide.mul_(scale).to(x.dtype, copy=True).mul_(weight), scale
+        wide.mul_(scale)
+        return (wide if x.dtype == torch.float32 else copied(wide, x.dtype)).mul_(weight), scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        result = (grad * weight).to(torch.float32)
+        result = torch.mul(grad, weight, out=empty(grad, grad.shape, grad.dtype, PASSING)).to(torch.float32)
         normed = ctx.remade.by_product()
         if normed is None:
-            normed = x.to(torch.float32, copy=True).mul_(scale)
+            normed = copied(x, torch.float32).mul_(scale)
         along = torch.linalg.vecdot(result, normed).unsqueeze(-1).div_(-x.shape[-1])
         return result.addcmul_(normed, along).mul_(scale).to(x.dtype), None, None, None
 
 
 def _again(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.float32, copy=True).mul_(scale)
-    return wide.to(x.dtype, copy=True).mul_(weight), wide
+    wide = copied(x, torch.float32).mul_(scale)
+    return copied(wide, x.dtype).mul_(weight), wide
 
 
 def fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qmemtune.engine.fused.room import PASSING, empty
+
 NAME = "apply_rotary_pos_emb"
 """Function of transformers' model files."""
 
@@ -39,7 +41,10 @@ class _Rotated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         half = grad.shape[-1] // 2
-        result = grad * cos
+        # In the order of the projections' results, (B, T, H, D), in which they will be read.
+        rows, heads, tokens, width = grad.shape
+        result = empty(grad, (rows, tokens, heads, width), grad.dtype, PASSING).transpose(1, 2)
+        torch.mul(grad, cos, out=result)
         result[..., :half].addcmul_(grad[..., half:], sin[..., half:])
         result[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
         return result, None, None
