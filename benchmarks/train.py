@@ -44,14 +44,14 @@ LEARNING_RATE, MAX_LENGTH = 5e-4, 384
 PEAK_OF = {"cuda": "GPU memory", "cpu": "RSS"}
 
 
-def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> dict[str, float]:
+def run(name: str, quantization: str, args: argparse.Namespace, base: str, seed: int) -> dict[str, float]:
     """One training run in a process of its own."""
     if name in PEERS:
         command = [
             sys.executable, str(Path(__file__).parent / "peers" / "trl_sft.py"), "--model", base,
             "--train", args.train, "--eval", args.eval, "--steps", str(args.steps), "--batch", str(args.batch),
             "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(args.sequence),
-            "--quantization", quantization, "--mode", PEERS[name],
+            "--quantization", quantization, "--mode", PEERS[name], "--seed", str(seed),
             "--dtype", args.dtype, *(["--checkpointing"] if args.checkpointing else []),
             *(["--compile"] if args.compile else []),
         ]  # fmt: skip
@@ -65,7 +65,7 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str) -> di
             f"adapter={OURS[name]}", f"adapter.r={args.rank}", f"quantization={quantization}",
             f"trainer.per_device_train_batch_size={args.batch}", f"trainer.max_steps={args.steps}",
             f"optimizer.learning_rate={LEARNING_RATE}", f"model.compute_dtype={args.dtype}",
-            f"run_dir={folder}/run", "--json", f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
+            f"run_dir={folder}/run", f"seed={seed}", "--json", f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
             f"trainer.compile={str(args.compile).lower()}",
         ]  # fmt: skip
         found = last_json(command)
@@ -181,9 +181,9 @@ def main() -> None:
     for quantization in args.quantization:
         rounds: list[dict[str, dict[str, float]]] = []
         rates = []
-        for _ in range(args.rounds):
+        for seed in range(args.rounds):
             rates.append(matmul_rate(dtype))
-            rounds.append({name: run(name, quantization, args, base) for name in args.runs})
+            rounds.append({name: run(name, quantization, args, base, seed) for name in args.runs})
             print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
         label = TYPES[args.dtype] if quantization == "none" else f"{quantization}, {TYPES[args.dtype]}"
         peer = args.runs[0]

@@ -27,6 +27,7 @@ parser.add_argument("--learning-rate", type=float, required=True)
 parser.add_argument("--max-length", type=int, required=True)
 parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
 parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--mode", choices=["default", "grouped", "packing"], default="default")
@@ -36,7 +37,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -90,6 +91,7 @@ model = AutoModelForCausalLM.from_pretrained(
     args.model, quantization_config=quantization, dtype=getattr(torch, args.dtype), device_map=device
 )
 clock = Clock()
+set_seed(args.seed)
 trainer = Counted(
     model=model,
     processing_class=tokenizer,
@@ -109,6 +111,7 @@ trainer = Counted(
         packing=args.mode == "packing",
         train_sampling_strategy="group_by_length" if args.mode == "grouped" else "random",
         report_to="none",
+        seed=args.seed,
         save_strategy="no",
         logging_steps=10,
         use_cpu=device == "cpu",
