@@ -65,7 +65,8 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str, seed:
             f"adapter={OURS[name]}", f"adapter.r={args.rank}", f"quantization={quantization}",
             f"trainer.per_device_train_batch_size={args.batch}", f"trainer.max_steps={args.steps}",
             f"optimizer.learning_rate={LEARNING_RATE}", f"model.compute_dtype={args.dtype}",
-            f"run_dir={folder}/run", f"seed={seed}", "--json", f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
+            f"run_dir={folder}/run", f"seed={seed}", "--json",
+            f"trainer.gradient_checkpointing={str(args.checkpointing).lower()}",
             f"trainer.compile={str(args.compile).lower()}",
         ]  # fmt: skip
         found = last_json(command)

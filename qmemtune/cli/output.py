@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmemtune.cli.collector import collector_paused
+from qmemtune.cli.compile_later import compiler_left_out
 from qmemtune.credentials import hide
 from qmemtune.errors import Finding, UserError, write_failure
 from qmemtune.quiet import hide_loading_bars, silence
@@ -74,7 +75,7 @@ def output(as_json: bool, debug: bool, quiet: bool) -> Iterator[Output]:
     """
     silence(debug=debug, quiet=quiet)
     stdout = sys.stdout
-    with collector_paused() as imported:
+    with collector_paused() as imported, compiler_left_out():
         if process_number() > 0:
             with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stderr):
                 yield Output(nowhere, as_json, True, debug, imported)

@@ -20,6 +20,24 @@ VARIANTS = (
         Match("adapter.r", "at_least", "queryable", largest=64),
     ),
     Variant("queryable", QUERYABLE, "queryable memory"),
+    Variant("dora", ("adapter=peft", "adapter.method=dora"), "DoRA", Match("adapter.r", "at_most", "lora", largest=64)),
+    Variant(
+        "vera",
+        ("adapter=peft", "adapter.method=vera", "adapter.options={r: 256, d_initial: 0.1}"),
+        "VeRA of rank 256; its trained vectors are fewer",
+    ),
+    Variant(
+        "vblora",
+        ("adapter=peft", "adapter.method=vblora", "adapter.options={vector_length: 8}"),
+        "VB-LoRA with as many vectors as LoRA's parameters allow",
+        Match("adapter.options.num_vectors", "at_most", "lora"),
+    ),
+    Variant(
+        "lily",
+        ("adapter=peft", "adapter.method=lily"),
+        "Lily of the largest rank within LoRA's parameters",
+        Match("adapter.r", "at_most", "lora", largest=64),
+    ),
 )
 
 STUDY = Study(
