@@ -17,8 +17,8 @@ STUDY = dataclasses.replace(
     title="The quickstart's eight families",
     about=(
         "SmolLM2-135M on an NF4 base learns eight word-list tasks as the recipe `quickstart` trains them, 110 steps of "
-        "16 rows, all linear layers adapted, with LoRA and with the queryable memory at equal parameters (within 0.2 %) "
-        "and one learning rate."
+        "16 rows, all linear layers adapted, with LoRA and with the queryable memory at equal parameters (within 0.2 "
+        "%) and one learning rate."
     ),
     overrides=("evaluation.at_start=true",),
     variants=(
