@@ -33,7 +33,7 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, room: int) -> 
         return like.new_empty(shape, dtype=dtype)
     storage = torch.empty(torch.Size(shape).numel() * dtype.itemsize + room, dtype=torch.uint8).untyped_storage()
     # No view: a result of a layer may be added to in place, which autograd forbids for a view made without gradients.
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
