@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qmemtune.config.model import ModelConfig, QuantizationConfig
@@ -123,11 +124,24 @@ def load_base(
         if bits is not None or own is not None or device.type != "cpu":
             options["device_map"] = {"": device}
         model = _from_pretrained(source, config, dtype, **options)
+    if bits is not None and device.type == "cpu":
+        copy_out_of_files(model)
     keep_4bit_trainable(model)
     keep_head_input_contiguous(model)
     if quantization.dequantized_copies == "never":
         refuse_copies(model)
     return model.requires_grad_(False).eval()
+
+
+def copy_out_of_files(model: nn.Module) -> None:
+    """Copy the weights that a quantised model holds as they were stored.
+
+    Those of the type in which they are stored lie in the mapped file, and one of them (embeddings, a norm) keeps all
+    of its pages in the process, those of the weights that were quantised too.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (nn.Parameter, torch.Tensor):
+            tensor.data = tensor.data.clone()
 
 
 def refuse_second_quantization(name: str, own: Any, quantization: QuantizationConfig) -> None:

@@ -28,11 +28,11 @@ CUDA_RUNTIME = 600 * 2**20
 """What CUDA's context and its libraries take of a GPU."""
 CUDA_FRAGMENTS = 0.03
 """Share of a step's tensors that torch's allocator takes on top: it hands out whole blocks. Not measured."""
-HEAP_FRAGMENTS = 0.55
+HEAP_FRAGMENTS, HEAP_FRAGMENTS_FUSED = 0.55, 0.15
 """What glibc's heap takes on top on a CPU, as a share of the activations that lie in it without checkpointing: freed
-temporaries leave holes that aligned tensors do not fit into, in recomputation just as much. Fitted to configurations of
-benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives every tensor pages of its own, two of them
-measured within 1 % of the estimate without this part."""
+temporaries leave holes that aligned tensors do not fit into, in recomputation just as much. Fused layers leave few.
+Fitted to configurations of benchmarks/memory.py; with MALLOC_MMAP_THRESHOLD_=131072, which gives every tensor pages of
+its own, two of them measured within 1 % of the estimate without this part."""
 INT8_HOLES = 1.6
 """Bytes a weight that loading an 8-bit base leaves in the heap for a while; measured on SmolLM2-135M."""
 WAITING = 2 / 3
@@ -196,6 +196,9 @@ class RunMemory:
         self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.base_weights = base_bytes(base, quantised, quantization, self.dtype.itemsize)
         self.stored = stored_bytes(config.model.path) or self.base_parameters * 2
+        # Weights that stay as they are stored are not read into memory beside the file: they are the mapped file.
+        mapped = quantization.kind == "none" and abs(self.stored - self.base_weights) < 0.01 * self.stored
+        self.read = 0 if mapped else self.stored
         small = sum(layer.weight.numel() for layer in quantised)
         copies = small * self.dtype.itemsize
         self.holes = INT8_HOLES * small if quantization.kind == "int8" else WAITING * copies
@@ -213,11 +216,12 @@ class RunMemory:
         trained = [parameter for parameter in added if parameter.requires_grad]
         self.gradients = sum(parameter.numel() for parameter in trained) * TRAINED_ITEMSIZE
         self.optimizer_state = optimizer_bytes(trained, config.optimizer)
+        self.fused = self.on_cpu and has_fused_layers(config)
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "quantization": "none" if has_copies else quantization.kind,
             "on_cpu": self.on_cpu and has_short_attention(config),
-            "fused": self.on_cpu and has_fused_layers(config),
+            "fused": self.fused,
             "unit": config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
         }
         self._tracer = lambda: Tracer(self.model, quantised=quantised, **options)
@@ -245,7 +249,8 @@ class RunMemory:
         rest = dynamic - traced.activations - self.gradients
         fragmented = CUDA_FRAGMENTS * dynamic
         if self.on_cpu:
-            share = heap_fragments()
+            # Layers in 8 bits have a forward pass of their own.
+            share = heap_fragments(self.fused and self.config.quantization.kind != "int8")
             fragmented = share * self._trace(replace(workload, checkpointing=False)).in_heap if share else 0.0
         return Estimate(
             device="cpu" if self.on_cpu else "cuda",
@@ -261,7 +266,7 @@ class RunMemory:
             temporaries=0.0 if peak_in == "loss" else rest,
             fragmentation=fragmented,
             peak_in=peak_in,
-            loading=self.runtime + self.base_weights + self.stored + self.holes if self.on_cpu else 0.0,
+            loading=self.runtime + self.base_weights + self.read + self.holes if self.on_cpu else 0.0,
         )
 
     def _trace(self, workload: Workload) -> Traced:
@@ -287,11 +292,13 @@ def described(base: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in NOT_COUNTED}
 
 
-def heap_fragments() -> float:
-    """Share of the activations that the heap takes on top in this process's environment."""
+def heap_fragments(fused: bool) -> float:
+    """Share of the activations that the heap takes on top in this process's environment, with fused layers or not."""
     threshold = os.environ.get(MMAP_THRESHOLD, "")
     small = threshold.isdecimal() and int(threshold) <= SMALL_THRESHOLD
-    return 0.0 if small else HEAP_FRAGMENTS
+    if small:
+        return 0.0
+    return HEAP_FRAGMENTS_FUSED if fused else HEAP_FRAGMENTS
 
 
 def resident_bytes() -> int:
