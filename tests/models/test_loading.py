@@ -121,3 +121,16 @@ def test_missing_bitsandbytes(model_folder: Callable[[str], Path], monkeypatch: 
     monkeypatch.setattr("qmemtune.models.bitsandbytes.find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed"):
         load_base(ModelConfig(path=str(model_folder("llama"))), QuantizationConfig("nf4"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the process's mappings from /proc")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_model_lets_go_of_its_files(model_folder: Callable[[str], Path], kind: str) -> None:
+    # Embeddings in the type in which they are stored would keep all pages of the mapped file in the process.
+    folder = model_folder("llama")
+    model = load_base(ModelConfig(path=str(folder), compute_dtype="float32"), QuantizationConfig(kind=kind))
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    stored = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.get_input_embeddings().weight, stored.get_input_embeddings().weight)
+    if stored.config.tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

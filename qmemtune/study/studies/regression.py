@@ -62,6 +62,7 @@ STUDY = Study(
         "trainer.logging_steps=500",
     ),
     variants=VARIANTS,
+    default_variants=("lora", "queryable"),
     settings=(
         Setting(
             "ample",
