@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def study(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="regression, instructions, codes, instruction_prior, gsm8k or ablations."),
+        typer.Argument(
+            metavar="NAME",
+            help="regression, quickstart, instructions, codes, instruction_prior, gsm8k or ablations.",
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
