@@ -50,8 +50,9 @@ STUDY = Study(
     title="Noisy regression",
     about=(
         "A small network, trained on one function, is adapted to another whose change depends on the input. "
-        "LoRA has at least the memory's trainable parameters, PEFT's other methods at most LoRA's. The loss is the mean "
-        "squared error on held-out rows without noise; every seed is a problem of its own, with its own functions, base, rows and noise."
+        "LoRA has at least the memory's trainable parameters, PEFT's other methods at most LoRA's. The loss is the "
+        "mean squared error on held-out rows without noise; every seed is a problem of its own, with its own "
+        "functions, base, rows and noise."
     ),
     recipe="regression_noisy",
     # Each variant's best in each setting on seeds 0-2, where none of its own is given.
