@@ -9,6 +9,7 @@ from typing import Any
 from qmemtune.config.study import StudyConfig
 from qmemtune.errors import UserError
 from qmemtune.rundir import read_json
+from qmemtune.study.cells import chosen
 from qmemtune.study.studies import find_study
 from qmemtune.study.tables import STATISTICS, compared_by, entries, interval, number, spans, spread, table, whole, words
 
@@ -58,12 +59,12 @@ def command_of(study: Mapping[str, Any]) -> str:
     """The command line that runs a study's variants and settings; its seeds are told beside it."""
     known = find_study(study["study"], StudyConfig())
     parts = ["qmemtune study", study["study"]]
-    for what, default, everything in (
-        ("variants", known.default_variants, known.variants),
-        ("settings", known.default_settings, known.settings),
+    for what, default in (
+        ("variants", chosen(list(known.variants), known.default_variants, "study.variants")),
+        ("settings", chosen(list(known.settings), known.default_settings, "study.settings")),
     ):
         run = [one["name"] for one in study[what]]
-        if run != list(default or [one.name for one in everything]):
+        if run != [one.name for one in default]:
             parts.append(f"study.{what}=[{','.join(run)}]")
     return " ".join(parts)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qmemtune.engine.fused.remade import Remade, mark
-from qmemtune.engine.fused.room import PASSING, empty
+from qmemtune.engine.fused.room import passing
 
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -34,18 +34,18 @@ class _GatedUnit(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         opened = ctx.remade.by_product()
         grad_up = (_opened(gate) if opened is None else opened).mul_(grad)
-        grad_gate = torch.mul(grad, up, out=empty(grad, grad.shape, grad.dtype, PASSING))
+        grad_gate = torch.mul(grad, up, out=passing(grad))
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_gate, grad_up, None
 
 
 def _again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     opened = _opened(gate)
-    return torch.mul(opened, up, out=empty(gate, gate.shape, gate.dtype, PASSING)), opened
+    return torch.mul(opened, up, out=passing(gate)), opened
 
 
 def _opened(gate: Tensor) -> Tensor:
-    opened: Tensor = torch.ops.aten.silu.out(gate, out=empty(gate, gate.shape, gate.dtype, PASSING))
+    opened: Tensor = torch.ops.aten.silu.out(gate, out=passing(gate))
     return opened
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qmemtune.engine.fused.remade import Remade, mark
-from qmemtune.engine.fused.room import PASSING, copied, empty
+from qmemtune.engine.fused.room import copied, passing
 
 EPSILONS = ("variance_epsilon", "eps")
 """Names under which such layers keep their epsilon."""
@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        result = torch.mul(grad, weight, out=empty(grad, grad.shape, grad.dtype, PASSING)).to(torch.float32)
+        result = torch.mul(grad, weight, out=passing(grad)).to(torch.float32)
         normed = ctx.remade.by_product()
         if normed is None:
             normed = copied(x, torch.float32).mul_(scale)

@@ -36,6 +36,12 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, room: int) -> 
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
+def passing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor of the shape of ``like``, and of its type if none is given, for a layer's own
+    use."""
+    return empty(like, like.shape, dtype or like.dtype, PASSING)
+
+
 def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in a type, for a layer's own use."""
-    return empty(x, x.shape, dtype, PASSING).copy_(x)
+    return passing(x, dtype).copy_(x)

@@ -195,10 +195,10 @@ class RunMemory:
         quantised = quantised_layers(base, quantization)
         self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.base_weights = base_bytes(base, quantised, quantization, self.dtype.itemsize)
-        self.stored = stored_bytes(config.model.path) or self.base_parameters * 2
+        stored = stored_bytes(config.model.path) or self.base_parameters * 2
         # Weights that stay as they are stored are not read into memory beside the file: they are the mapped file.
-        mapped = quantization.kind == "none" and abs(self.stored - self.base_weights) < 0.01 * self.stored
-        self.read = 0 if mapped else self.stored
+        mapped = quantization.kind == "none" and abs(stored - self.base_weights) < 0.01 * stored
+        self.read = 0 if mapped else stored
         small = sum(layer.weight.numel() for layer in quantised)
         copies = small * self.dtype.itemsize
         self.holes = INT8_HOLES * small if quantization.kind == "int8" else WAITING * copies

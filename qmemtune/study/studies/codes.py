@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from qmemtune.study.baselines import peft_methods
 from qmemtune.study.design import LOSS, ROW_ACCURACY, Match, Setting, Variant
 from qmemtune.study.studies import instructions
 
@@ -18,7 +19,6 @@ QUERYABLE = (
     "optimizer.learning_rate=4e-2",
 )
 LORA = ("adapter=lora", "optimizer.learning_rate=1.6e-2")
-PEFT_BASELINES = ("dora", "vera", "vblora", "lily")
 
 STUDY = dataclasses.replace(
     instructions.STUDY,
@@ -42,7 +42,7 @@ STUDY = dataclasses.replace(
     variants=(
         Variant("lora", LORA, "LoRA", Match("adapter.r", "at_least", "queryable", largest=64)),
         Variant("queryable", QUERYABLE, "queryable memory"),
-        *(variant for variant in instructions.VARIANTS if variant.name in PEFT_BASELINES),
+        *peft_methods(64),
     ),
     default_variants=("lora", "queryable"),
     settings=(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qmemtune.study.design import EXACT_MATCH, LOSS, ROW_ACCURACY, Match, Setting, Study, Variant
+from qmemtune.study.baselines import peft_methods
+from qmemtune.study.design import EXACT_MATCH, LOSS, ROW_ACCURACY, Setting, Study, Variant
 
 QUERYABLE = (
     "adapter=queryable",
@@ -17,24 +18,7 @@ VARIANTS = (
     Variant("lora", LORA, "LoRA"),
     Variant("lora_larger", LORA, "LoRA of one rank more"),
     Variant("queryable", QUERYABLE, "queryable memory"),
-    Variant("dora", ("adapter=peft", "adapter.method=dora"), "DoRA"),
-    Variant(
-        "vera",
-        ("adapter=peft", "adapter.method=vera", "adapter.options={r: 256, d_initial: 0.1}"),
-        "VeRA of rank 256; its trained vectors are far fewer",
-    ),
-    Variant(
-        "vblora",
-        ("adapter=peft", "adapter.method=vblora", "adapter.options={vector_length: 64}"),
-        "VB-LoRA with as many vectors as LoRA's parameters allow",
-        Match("adapter.options.num_vectors", "at_most", "lora"),
-    ),
-    Variant(
-        "lily",
-        ("adapter=peft", "adapter.method=lily"),
-        "Lily of the largest rank within LoRA's parameters",
-        Match("adapter.r", "at_most", "lora"),
-    ),
+    *peft_methods(64),
 )
 RANKS = {2: (), 4: (), 16: ("adapter.num_atoms=24",)}
 """Rank -> what keeps the memory within one percent of LoRA's parameters there."""

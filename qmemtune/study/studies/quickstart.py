@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from qmemtune.study.baselines import peft_methods
 from qmemtune.study.design import Setting, Variant
 from qmemtune.study.studies import instructions
 
@@ -24,11 +25,7 @@ STUDY = dataclasses.replace(
     variants=(
         Variant("lora", instructions.LORA, "LoRA"),
         Variant("queryable", QUERYABLE, "queryable memory"),
-        *(
-            variant
-            for variant in instructions.VARIANTS
-            if variant.name not in OWN and variant.overrides != instructions.LORA
-        ),
+        *peft_methods(64),
     ),
     default_variants=OWN,
     settings=tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qmemtune.study.baselines import peft_methods
 from qmemtune.study.design import Match, Setting, Study, Variant
 
 LORA = ("adapter=lora",)
@@ -20,29 +21,7 @@ VARIANTS = (
         Match("adapter.r", "at_least", "queryable", largest=64),
     ),
     Variant("queryable", QUERYABLE, "queryable memory"),
-    Variant("dora", ("adapter=peft", "adapter.method=dora"), "DoRA", Match("adapter.r", "at_most", "lora", largest=64)),
-    Variant(
-        "vera",
-        (
-            "adapter=peft",
-            "adapter.method=vera",
-            "adapter.options={r: 256, d_initial: 0.1}",
-            "optimizer.learning_rate=0.1",
-        ),
-        "VeRA of rank 256; its trained vectors are fewer",
-    ),
-    Variant(
-        "vblora",
-        ("adapter=peft", "adapter.method=vblora", "adapter.options={vector_length: 8}", "optimizer.learning_rate=0.1"),
-        "VB-LoRA with as many vectors as LoRA's parameters allow",
-        Match("adapter.options.num_vectors", "at_most", "lora"),
-    ),
-    Variant(
-        "lily",
-        ("adapter=peft", "adapter.method=lily"),
-        "Lily of the largest rank within LoRA's parameters",
-        Match("adapter.r", "at_most", "lora", largest=64),
-    ),
+    *peft_methods(8, match_dora=True, largest_rank=64, learning_rates={"vera": 0.1, "vblora": 0.1}),
 )
 
 STUDY = Study(
