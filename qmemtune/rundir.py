@@ -244,6 +244,15 @@ def refuse_newer(what: str, found: int, known: int, where: str, written_by: str 
         )
 
 
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""What many readers take for the end of a line and JSON leaves as it is: next line, line and paragraph separator."""
+
+
+def json_line(value: Any, *, allow_nan: bool = True) -> str:
+    """A value as JSON on one line, whatever its reader takes for the end of a line, and the line's end."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=allow_nan).translate(LINE_ENDS) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

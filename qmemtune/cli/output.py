@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ from qmemtune.cli.compile_later import compiler_left_out
 from qmemtune.credentials import hide
 from qmemtune.errors import Finding, UserError, write_failure
 from qmemtune.quiet import hide_loading_bars, silence
+from qmemtune.rundir import json_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ def console(stream: TextIO) -> Console:
 
 def write_json_line(stream: TextIO, value: Mapping[str, Any]) -> None:
     """One JSON object on one line."""
-    stream.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+    stream.write(json_line(plain(value), allow_nan=False))
     stream.flush()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from qmemtune.data.records import Rejected
 from qmemtune.data.rows import TokenRows
 from qmemtune.errors import Finding, UserError
+from qmemtune.rundir import json_line
 
 EXAMPLES_SHOWN = 3
 REASONS_SHOWN = 8
@@ -200,4 +200,4 @@ class DataReport:
                     "detail": row.detail,
                     "excerpt": row.excerpt,
                 }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json_line(record))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qmemtune.rundir import json_line
+
 
 def plain(value: Any) -> Any:
     """Make a value JSON: numbers that JSON does not have (infinity, not-a-number) become null."""
@@ -42,7 +44,7 @@ class JsonLines:
         if not self.enabled:
             return
         try:
-            self._append(json.dumps(plain(line), ensure_ascii=False).encode() + b"\n")
+            self._append(json_line(plain(line)).encode())
         except OSError as error:
             if self.failed is None:
                 raise

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qmemtune.config.data import DataConfig
@@ -58,6 +58,7 @@ def test_conversations_come_back_exactly_with_as_many_turns_as_they_have(tmp_pat
 
 @SMALL
 @given(rows=st.lists(st.dictionaries(st.sampled_from(COLUMNS), VALUES), min_size=1, max_size=4))
+@example(rows=[{"prompt": ["\x85\u2028\u2029"]}, {"text": "0"}])
 def test_rows_of_any_kind_are_used_or_rejected(tmp_path, tokenizer, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
