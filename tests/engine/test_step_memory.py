@@ -66,25 +66,33 @@ libc.mallinfo2.restype = Mallinfo2
 warm = torch.empty(30 << 20, dtype=torch.uint8)
 del warm
 
-like, shape = torch.empty(0), (3, 333_333)
+like = torch.empty(0)
 passing, handed_on = (room.PASSING, room.HANDED_ON) if sys.argv[1] == "room" else (0, 0)
-before, kept = libc.mallinfo2(), []
-for layer in range(40):
-    normed = room.empty(like, shape, torch.float32, passing)
-    kept.append(torch.empty(shape))
-    result = room.empty(like, shape, torch.float32, handed_on)
-    del normed
-    kept.append(torch.empty(shape))
-    del result
-now = libc.mallinfo2()
-print((now.fordblks - before.fordblks) / (now.uordblks - before.uordblks))
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+shares, kept = [], []
+for start in range(8):
+    # Where in a block of 64 bytes the heap's end lies decides whether a place fits by chance: it is moved on by 16 each
+    # time, and larger tensors leave the holes of earlier starts alone.
+    small = libc.malloc(200_000 + 16 * start)
+    shape = (3, 333_333 + 40_000 * start)
+    before = libc.mallinfo2()
+    for layer in range(10):
+        normed = room.empty(like, shape, torch.float32, passing)
+        kept.append(torch.empty(shape))
+        result = room.empty(like, shape, torch.float32, handed_on)
+        del normed
+        kept.append(torch.empty(shape))
+        del result
+    now = libc.mallinfo2()
+    shares.append((now.fordblks - before.fordblks) / (now.uordblks - before.uordblks))
+print(max(shares))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
 def test_layers_leave_few_holes_in_the_heap():
     def holes(how: str) -> float:
-        """Free bytes in the heap, as a share of those in use."""
+        """The most free bytes in the heap after one of several starts, as a share of those in use."""
         done = subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True)
         return float(done.stdout)
 
