@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -90,6 +91,22 @@ def test_batches_hold_rows_of_like_length_and_only_the_last_is_short():
     means = [np.mean([LENGTHS[i] for i in batch]) for batch in batches]
     assert means != sorted(means)
     assert len(batches[-1]) == 1003 % 8
+
+
+@pytest.mark.parametrize("count", [40, 96, 240])
+def test_few_rows_have_little_padding_and_other_companions_in_every_epoch(count):
+    lengths = np.random.default_rng(1).lognormal(5, 0.4, count).astype(int)
+    sampler = LengthGroupedSampler(lengths, 8)
+    padding, companions = [], []
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        batches = np.array(list(sampler)).reshape(-1, 8)
+        padding.append(1 - lengths.sum() / (lengths[batches].max(axis=1) * 8).sum())
+        companions.append({frozenset((a, b)) for batch in batches for a in batch for b in batch if a != b})
+    at_random = np.random.default_rng(2).permutation(count).reshape(-1, 8)
+    assert np.mean(padding) < 0.55 * (1 - lengths.sum() / (lengths[at_random].max(axis=1) * 8).sum())
+    kept = np.mean([len(a & b) / len(a) for a, b in itertools.pairwise(companions)])
+    assert kept < 0.7, "the same batches in every epoch"
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (1, 4), (4, 4), (5, 4), (3, 1)])
