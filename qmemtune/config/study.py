@@ -24,5 +24,5 @@ class StudyConfig:
     """Seeds on which settings were chosen; what the others show is reported apart."""
     jobs: int = 1
     """Processes that run cells side by side, each with one torch thread if there are several."""
-    on: Literal["regression", "instructions", "codes"] = "regression"
+    on: Literal["regression", "instructions", "codes", "quickstart"] = "regression"
     """ablations only: the study whose task and settings are used."""

@@ -15,6 +15,7 @@ from qmemtune.config.values import BadValue, from_text
 from qmemtune.errors import Finding, UserError
 
 PREFIX = "study."
+FOLDER_KEY = "study_dir"
 FOLDERS = Path("studies")
 _FOR_VARIANT = re.compile(r"^([A-Za-z_][\w-]*):(.+)$", re.DOTALL)
 _RANGE = re.compile(r"^\[?\s*(\d+)\s*-\s*(\d+)\s*\]?$")
@@ -51,11 +52,11 @@ def read_request(arguments: Sequence[str]) -> Request:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         variant = _FOR_VARIANT.match(argument)
-        if equals and key == "study_dir":
+        if equals and key == FOLDER_KEY:
             request.folder = Path(value.strip("'\"")).expanduser()
         elif equals and key.startswith(PREFIX):
             if key not in known:
-                close = nearest(key, known)
+                close = nearest(key, [*known, FOLDER_KEY])
                 fix = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
                 findings.append(Finding(f"unknown key {key}", argument, fix))
                 continue

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 
 from qmemtune.config.study import StudyConfig
 from qmemtune.errors import UserError
-from qmemtune.study.cells import decisive, is_run_of, make_plan
+from qmemtune.study.cells import Counted, decisive, is_run_of, make_plan
 from qmemtune.study.options import read_request
 from qmemtune.study.run import plan_study, trainable_parameters
 from qmemtune.study.studies import find_study, names
@@ -65,6 +67,7 @@ def test_a_new_variant_is_like_a_known_one_with_changes():
         (["study.variants=[lorra]"], r"did you mean lora\?"),
         (["study.settings=[amples]"], r"did you mean ample\?"),
         (["study.seed=[1]"], r"did you mean study\.seeds\?"),
+        (["study.dir=/tmp/x"], r"did you mean study_dir\?"),
         (["study.jobs=0"], "at least 1"),
         (["seed=3"], r"study\.seeds"),
         (["run_dir=x"], r"study_dir"),
@@ -114,3 +117,24 @@ def test_ablations_change_one_thing_at_equal_parameters_where_they_say_so():
     assert {parameters[name] for name in ("top_2", "block_atoms", "generated_core", "decay")} == {memory}
     assert parameters["fewer_atoms"] < memory < parameters["more_atoms"]
     assert parameters["lora"] >= memory
+
+
+@pytest.mark.parametrize("on", get_args(get_type_hints(StudyConfig)["on"]))
+def test_ablations_change_the_memory_as_the_study_that_they_are_on_has_it(on, monkeypatch):
+    # Counting loads a model's shape; here only what is composed matters.
+    monkeypatch.setattr(Counted, "parameters", lambda *_: 0)
+    monkeypatch.setattr(Counted, "search", lambda *_: "adapter.r=5")
+    own, _ = plan_study(on, read_request(["study.variants=[queryable]", "study.seeds=[0]", "study.learning_rates=[]"]))
+    plan, _ = plan_study("ablations", read_request([f"study.on={on}", "study.seeds=[0]"]))
+    settings = {cell.setting for cell in plan.cells}
+    assert len(settings) == 1
+    base = next(cell.config.adapter for cell in own.cells if cell.setting in settings)
+    adapters = {cell.variant: cell.config.adapter for cell in plan.cells}
+    assert adapters["queryable"] == base
+    assert adapters["fewer_atoms"].num_atoms == base.num_atoms // 4
+    assert adapters["more_atoms"].num_atoms == 4 * base.num_atoms
+    assert ("row_routes" in adapters) == (on != "regression")
+    for name, adapter in adapters.items():
+        if name not in ("queryable", "lora", "one_atom"):
+            changed = [key for key, value in vars(adapter).items() if value != getattr(base, key)]
+            assert len(changed) == 1, name

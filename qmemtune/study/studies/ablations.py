@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.study import StudyConfig
 from qmemtune.study.design import Match, Study, Variant
-from qmemtune.study.studies import codes, instructions, regression
+from qmemtune.study.studies import codes, instructions, quickstart, regression
 
-BASES = {"regression": regression, "instructions": instructions, "codes": codes}
+BASES = {"regression": regression, "instructions": instructions, "codes": codes, "quickstart": quickstart}
 CHANGES = (
     ("no_depth_summary", "without the depth summary", ("adapter.depth_summary=false",)),
     ("top_2", "the two strongest atoms of each route only", ("adapter.top_k=2",)),
@@ -39,9 +40,11 @@ LANGUAGE = (
 def study(options: StudyConfig) -> Study:
     """The ablations on the task that ``study.on`` names."""
     base = BASES[options.on]
-    memory = next(variant for variant in base.STUDY.variants if variant.name == "queryable")
+    of_base = {variant.name: variant for variant in base.STUDY.variants}
+    memory = of_base["queryable"]
     given = dict(text.split("=", 1) for text in memory.overrides)
-    atoms, block = int(given["adapter.num_atoms"]), int(given["adapter.block_size"])
+    atoms = int(given.get("adapter.num_atoms", QueryableConfig.num_atoms))
+    block = int(given.get("adapter.block_size", QueryableConfig.block_size))
     numbers = {"quarter": max(atoms // 4, 1), "fourfold": 4 * atoms, "double_block": 2 * block}
     changes = CHANGES + (() if options.on == "regression" else LANGUAGE)
     variants = [memory]
@@ -50,7 +53,7 @@ def study(options: StudyConfig) -> Study:
         if not set(new) <= set(memory.overrides):
             variants.append(Variant(name, (*memory.overrides, *new), about, like=memory.name))
     largest = Match("adapter.r", "at_least", memory.name, largest=64)
-    variants.append(Variant("lora", base.LORA, "LoRA of the smallest rank that has at least as many", largest))
+    variants.append(Variant("lora", of_base["lora"].overrides, "LoRA of the smallest rank that has at least as many", largest))
     return dataclasses.replace(
         base.STUDY,
         name="ablations",
