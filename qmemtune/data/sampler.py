@@ -13,9 +13,9 @@ BATCHES_IN_POOL = 50
 class LengthGroupedSampler(Sampler[int]):
     """Indices of rows; each ``batch_size`` in a row are one batch of rows of like length.
 
-    Rows are shuffled, sorted by length within pools of fifty batches, and the batches shuffled again. Where all rows fit
-    into less than two pools, sorting alone would make much the same batches in every epoch; there a row moves by up to a
-    batch from its place (240 rows of GSM8K in batches of 8: 5 % padding, and half of a row's companions stay; with
+    Rows are shuffled, sorted by length within pools of fifty batches, and the batches shuffled again. Where all rows
+    fit into less than two pools, sorting alone would make much the same batches in every epoch; there a row moves by up
+    to a batch from its place (240 rows of GSM8K in batches of 8: 5 % padding, and half of a row's companions stay; with
     pools of a quarter of the rows instead 12 %, and an eighth).
 
     The order depends on ``seed`` and the epoch only, never on the global random state: every process draws the same

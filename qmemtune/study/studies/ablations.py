@@ -53,7 +53,8 @@ def study(options: StudyConfig) -> Study:
         if not set(new) <= set(memory.overrides):
             variants.append(Variant(name, (*memory.overrides, *new), about, like=memory.name))
     largest = Match("adapter.r", "at_least", memory.name, largest=64)
-    variants.append(Variant("lora", of_base["lora"].overrides, "LoRA of the smallest rank that has at least as many", largest))
+    about = "LoRA of the smallest rank that has at least as many"
+    variants.append(Variant("lora", of_base["lora"].overrides, about, largest))
     return dataclasses.replace(
         base.STUDY,
         name="ablations",
