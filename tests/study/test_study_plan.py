@@ -121,7 +121,9 @@ def test_ablations_change_one_thing_at_equal_parameters_where_they_say_so():
 
 @pytest.mark.parametrize("on", get_args(get_type_hints(StudyConfig)["on"]))
 def test_ablations_change_the_memory_as_the_study_that_they_are_on_has_it(on, monkeypatch):
-    # Counting loads a model's shape; here only what is composed matters.
+    # What cannot be built is refused when its parameters are counted: atoms that the blocks cannot share. Of the others
+    # only what is composed matters, and counting takes a second each.
+    plan_study("ablations", read_request([f"study.on={on}", "study.seeds=[0]", "study.variants=[block_atoms]"]))
     monkeypatch.setattr(Counted, "parameters", lambda *_: 0)
     monkeypatch.setattr(Counted, "search", lambda *_: "adapter.r=5")
     own, _ = plan_study(on, read_request(["study.variants=[queryable]", "study.seeds=[0]", "study.learning_rates=[]"]))
@@ -135,6 +137,6 @@ def test_ablations_change_the_memory_as_the_study_that_they_are_on_has_it(on, mo
     assert adapters["more_atoms"].num_atoms == 4 * base.num_atoms
     assert ("row_routes" in adapters) == (on != "regression")
     for name, adapter in adapters.items():
-        if name not in ("queryable", "lora", "one_atom"):
+        if name not in ("queryable", "lora", "one_atom", "block_atoms"):
             changed = [key for key, value in vars(adapter).items() if value != getattr(base, key)]
             assert len(changed) == 1, name

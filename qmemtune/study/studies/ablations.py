@@ -10,6 +10,8 @@ from qmemtune.study.design import Match, Study, Variant
 from qmemtune.study.studies import codes, instructions, quickstart, regression
 
 BASES = {"regression": regression, "instructions": instructions, "codes": codes, "quickstart": quickstart}
+BLOCKS = {"instructions": 6, "quickstart": 6}
+"""Blocks of a base study whose number of atoms they cannot share evenly: SmolLM2's thirty layers in fives."""
 CHANGES = (
     ("no_depth_summary", "without the depth summary", ("adapter.depth_summary=false",)),
     ("top_2", "the two strongest atoms of each route only", ("adapter.top_k=2",)),
@@ -27,7 +29,11 @@ CHANGES = (
     ("larger_blocks", "blocks of twice the layers", ("adapter.block_size={double_block}",)),
     ("decay", "cores with decay 1.0", ("adapter.core_weight_decay=1",)),
     ("same_learning_rate", "memory at the factors' learning rate", ("adapter.memory_learning_rate_multiplier=1",)),
-    ("block_atoms", "atoms of each block in place of shared ones, as many in all", ("adapter.shared_atoms=false",)),
+    (
+        "block_atoms",
+        "atoms of each block in place of shared ones: {block_atoms} in all",
+        ("adapter.shared_atoms=false", "adapter.num_atoms={block_atoms}"),
+    ),
     ("generated_core", "a generated core: a small network in place of the routes", ("adapter.generated_core=true",)),
 )
 LANGUAGE = (
@@ -45,13 +51,19 @@ def study(options: StudyConfig) -> Study:
     given = dict(text.split("=", 1) for text in memory.overrides)
     atoms = int(given.get("adapter.num_atoms", QueryableConfig.num_atoms))
     block = int(given.get("adapter.block_size", QueryableConfig.block_size))
-    numbers = {"quarter": max(atoms // 4, 1), "fourfold": 4 * atoms, "double_block": 2 * block}
+    blocks = BLOCKS.get(options.on, 1)
+    numbers = {
+        "quarter": max(atoms // 4, 1),
+        "fourfold": 4 * atoms,
+        "double_block": 2 * block,
+        "block_atoms": -(-atoms // blocks) * blocks,
+    }
     changes = CHANGES + (() if options.on == "regression" else LANGUAGE)
     variants = [memory]
     for name, about, changed in changes:
         new = tuple(text.format(**numbers) for text in changed)
         if not set(new) <= set(memory.overrides):
-            variants.append(Variant(name, (*memory.overrides, *new), about, like=memory.name))
+            variants.append(Variant(name, (*memory.overrides, *new), about.format(**numbers), like=memory.name))
     largest = Match("adapter.r", "at_least", memory.name, largest=64)
     about = "LoRA of the smallest rank that has at least as many"
     variants.append(Variant("lora", of_base["lora"].overrides, about, largest))
