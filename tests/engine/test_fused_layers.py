@@ -92,8 +92,8 @@ def close(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each pass through a fused adapted layer."""
     seen: list[str] = []
-    real = low_rank._BaseAndState.apply
-    monkeypatch.setattr(low_rank._BaseAndState, "apply", lambda *args: (seen.append("low_rank"), real(*args))[1])
+    real = low_rank._BasesAndStates.apply
+    monkeypatch.setattr(low_rank._BasesAndStates, "apply", lambda *args: (seen.append("low_rank"), real(*args))[1])
     return seen
 
 
@@ -106,6 +106,25 @@ def test_numbers_and_gradients_of_the_plain_layers(calls: list[str], name: str, 
     close(numbers(model, fuse=True), expected, rtol=2e-5)
     # GPT-2's layers are transformers' Conv1D, which are left as they are.
     assert bool(calls) == (name != "gpt2")
+
+
+@pytest.mark.parametrize("kind", ["lora", "queryable"])
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "q_proj"]])
+def test_gate_and_up_go_through_one_node_where_both_are_adapted(calls: list[str], kind: str, targets: object) -> None:
+    model = adapted("llama", kind, target_modules=targets)
+    layers = BASES["llama"].num_hidden_layers
+    numbers(model, fuse=True)
+    assert len(calls) == layers * (6 if targets == "all-linear" else 2)
+
+
+def test_somebody_elses_hook_on_a_layer_is_called(calls: list[str]) -> None:
+    model = adapted("llama", "lora")
+    expected = numbers(model, fuse=False)
+    seen: list[Tensor] = []
+    up = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp.up_proj"))
+    with up.register_forward_hook(lambda _, inputs, output: seen.append(output)):
+        close(numbers(model, fuse=True), expected, rtol=2e-5)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("kind", ["lora", "queryable"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qmemtune.engine.fused.low_rank import at_one_input
 from qmemtune.engine.fused.remade import Remade, mark
 from qmemtune.engine.fused.room import passing
 
@@ -58,12 +59,13 @@ def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if not type(module).__name__.endswith("MLP") or {name for name, _ in module.named_children()} != set(PARTS):
         return None
     plain = module.forward
+    gate_and_up = at_one_input([module.gate_proj, module.up_proj])  # type: ignore[list-item]
 
     def forward(x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or x.device.type != "cpu":
             result: Tensor = plain(x)
             return result
-        gate, up = module.gate_proj(x), module.up_proj(x)  # type: ignore[operator]
+        gate, up = gate_and_up(x)
         remade = Remade(_again)
         hidden = mark(_GatedUnit.apply(gate, up, remade), remade, gate, up)
         down: Tensor = module.down_proj(hidden)  # type: ignore[operator]
