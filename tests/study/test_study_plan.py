@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args, get_type_hints
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmemtune.config.study import StudyConfig
 from qmemtune.errors import UserError
@@ -120,10 +121,16 @@ def test_ablations_change_one_thing_at_equal_parameters_where_they_say_so():
 
 
 @pytest.mark.parametrize("on", get_args(get_type_hints(StudyConfig)["on"]))
-def test_ablations_change_the_memory_as_the_study_that_they_are_on_has_it(on, monkeypatch):
-    # What cannot be built is refused when its parameters are counted: atoms that the blocks cannot share. Of the others
-    # only what is composed matters, and counting takes a second each.
-    plan_study("ablations", read_request([f"study.on={on}", "study.seeds=[0]", "study.variants=[block_atoms]"]))
+def test_ablations_change_the_memory_as_the_study_that_they_are_on_has_it(on, monkeypatch, tmp_path):
+    # What cannot be built is refused when its parameters are counted: atoms that the blocks cannot share. It depends on
+    # the number of layers, which is SmolLM2's. Of the others only what is composed matters.
+    shape = LlamaConfig(
+        num_hidden_layers=30, hidden_size=32, intermediate_size=64, vocab_size=64, num_attention_heads=4
+    )
+    LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    model = [] if on == "regression" else [f"model.path={tmp_path}"]
+    request = [f"study.on={on}", "study.seeds=[0]", "study.variants=[block_atoms]", *model]
+    plan_study("ablations", read_request(request))
     monkeypatch.setattr(Counted, "parameters", lambda *_: 0)
     monkeypatch.setattr(Counted, "search", lambda *_: "adapter.r=5")
     own, _ = plan_study(on, read_request(["study.variants=[queryable]", "study.seeds=[0]", "study.learning_rates=[]"]))
