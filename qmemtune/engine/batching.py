@@ -40,16 +40,12 @@ class Batching:
         self.collator = PackCollator(pad_token_id) if self.packed else Collator(pad_token_id)
 
     def sampler(self, world_size: int = 1) -> Sampler[int]:
-        """The order of rows."""
-        trainer = self.config.trainer
-        if trainer.length_grouping and not self.packed:
-            size = trainer.per_device_train_batch_size * world_size
-            return LengthGroupedSampler(self.rows.lengths, size, self.config.seed)
-        return SeededRandomSampler(len(self.rows), self.config.seed)
+        """See :func:`row_order`."""
+        return row_order(self.rows.lengths, self.config, world_size)
 
     def line(self, world_size: int = 1) -> str:
         """One line that says how batches are made, and how much of the first epoch's is padding."""
-        padding = padding_share(self.rows.lengths, list(self.sampler(world_size)), self.config)
+        padding = padding_share(self.rows.lengths, self.config, world_size)
         if self.packed:
             size = self.config.data.max_length
             how = f"{self.source_rows:,} rows packed into {len(self.rows):,} sequences of up to {size:,} tokens"
@@ -60,8 +56,17 @@ class Batching:
         return f"batches: {how}; {padding:.1%} padding"
 
 
-def padding_share(lengths: Sequence[int], order: Sequence[int], config: Config) -> float:
-    """Padding among the tokens of one epoch's batches."""
+def row_order(lengths: Sequence[int], config: Config, world_size: int) -> Sampler[int]:
+    """The order in which rows (or packs) of these lengths, in tokens, are trained on."""
+    trainer = config.trainer
+    if trainer.length_grouping and not trainer.packing:
+        return LengthGroupedSampler(lengths, trainer.per_device_train_batch_size * world_size, config.seed)
+    return SeededRandomSampler(len(lengths), config.seed)
+
+
+def padding_share(lengths: Sequence[int], config: Config, world_size: int) -> float:
+    """Padding among the tokens of the first epoch's batches."""
+    order = list(row_order(lengths, config, world_size))
     size = config.trainer.per_device_train_batch_size
     batches = [[lengths[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
     whole = sum(max(batch) * len(batch) for batch in batches)

@@ -7,6 +7,8 @@ from typing import Any
 from qmemtune.adapters import describe
 from qmemtune.config.compose import Composed
 from qmemtune.config.schema import Config
+from qmemtune.data.regression import TensorRows
+from qmemtune.engine.batching import padding_share
 from qmemtune.engine.memory.estimate import TRAINED_ITEMSIZE
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
 from qmemtune.engine.preflight import preflight
@@ -18,7 +20,8 @@ def plan(composed: Composed) -> dict[str, Any]:
 
     Returns:
         ``run_dir``, ``model``, ``device``, ``dtype``, ``rows``, ``heldout_rows``, ``tokens_per_epoch``, ``tokens``
-        (of the whole run, estimated from the epochs), ``steps``, ``steps_per_epoch``, ``warmup_steps``,
+        (of the whole run, estimated from the epochs), ``padding`` (its share of what the first epoch's batches hold;
+        None for rows without tokens), ``steps``, ``steps_per_epoch``, ``warmup_steps``,
         ``first_step``, ``total_parameters``, the adapter's facts, ``adapter_mb`` (10^6 bytes), ``memory`` (see
         :meth:`qmemtune.engine.memory.estimate.Estimate.as_dict`; None where there is no estimate), ``data``,
         ``warnings``.
@@ -41,6 +44,9 @@ def plan(composed: Composed) -> dict[str, Any]:
         "heldout_rows": len(rows.prepared.heldout),
         "tokens_per_epoch": rows.prepared.tokens,
         "tokens": round(rows.prepared.tokens * steps.total / steps.per_epoch),
+        "padding": None
+        if isinstance(rows.train, TensorRows)
+        else round(padding_share(rows.train.lengths, config, 1), 4),
         "steps": steps.total,
         "steps_per_epoch": steps.per_epoch,
         "warmup_steps": steps.warmup,

@@ -173,6 +173,15 @@ def test_a_finished_run_resumed_says_so_and_another_is_refused(call, capsys, tra
     assert call(*train, "trainer.max_steps=3", "resume=auto", "resume.allow_changes=true")["steps"] == 3
 
 
+def test_a_dry_run_says_how_much_of_the_batches_is_padding(call, tiny_llama_dir):
+    rows = [json.dumps({"prompt": "a " * n, "completion": " b"}) for n in range(1, 65)]
+    Path("uneven.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    train = ["train", f"model.path={tiny_llama_dir}", "data.path=uneven.jsonl", "data.eval_fraction=0", "--dry-run"]
+    alike, at_random = (call(*train, f"trainer.length_grouping={on}")["padding"] for on in ("true", "false"))
+    assert 0.02 < alike < 0.5 * at_random < 0.3
+    assert call(*train, "trainer.per_device_train_batch_size=1")["padding"] == 0
+
+
 def stdin(text: str, *, terminal: bool) -> io.StringIO:
     stream = io.StringIO(text)
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
