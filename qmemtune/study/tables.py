@@ -169,7 +169,7 @@ def plain_interval(found: Mapping[str, Any], *, signed: bool = True) -> str:
     """A value with its interval."""
     if found["value"] is None:
         return "–"
-    form = "+.3f" if signed else ".3f"
+    form = "+z.3f" if signed else ".3f"  # z: nothing is not less than nothing
     if found["low"] is None:
         return f"{found['value']:{form}}"
     return f"{found['value']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"

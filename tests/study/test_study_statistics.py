@@ -8,6 +8,7 @@ import random
 import pytest
 
 from qmemtune.study.statistics import interquartile_range, mean_interval, paired_difference, paired_ratio, t_quantile
+from qmemtune.study.tables import plain_interval
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,7 @@ def test_the_interval_covers_as_often_as_it_says():
 
 def test_interquartile_range_of_evenly_spaced_values():
     assert interquartile_range([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2.0)
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus():
+    assert plain_interval({"value": -1e-17, "low": -0.124, "high": 0.124}) == "+0.000 [-0.124, +0.124]"
