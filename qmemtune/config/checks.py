@@ -87,6 +87,19 @@ def packing(c: Config) -> Iterator[Problem]:
 
 
 @check
+def routes_of_rows(c: Config) -> Iterator[Problem]:
+    if not isinstance(c.adapter, QueryableConfig) or c.adapter.granularity == "token":
+        return
+    for key, generates, off in (
+        ("evaluation.exact_match.enabled", c.evaluation.exact_match.enabled, "false"),
+        ("evaluation.samples.every_steps", c.evaluation.samples.every_steps is not None, "null"),
+        ("evaluation.tasks", bool(c.evaluation.tasks), "[]"),
+    ):
+        if generates:
+            yield key, "routes of whole rows (adapter.granularity=row) are for losses only", f"set {key}={off}"
+
+
+@check
 def warmup(c: Config) -> Iterator[Problem]:
     steps = c.trainer.max_steps
     if steps is not None and c.optimizer.warmup_steps >= max(steps, 1) and c.optimizer.warmup_steps >= 1:

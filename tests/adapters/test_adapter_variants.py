@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qmemtune.adapters import prompts_of
+from qmemtune.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_row_has_one_route_from_its_prompt(llama):
         for block, route in llama.routes(model, changed).items():
             assert torch.equal(route, route[:, :1].expand_as(route))
             torch.testing.assert_close(route, routes[block])
-    with pytest.raises(RuntimeError, match="prompt"):
+    with pytest.raises(UserError, match="prompt"):
         llama.logits(model, ids)
 
 

@@ -31,6 +31,7 @@ from qmemtune.adapters.queryable.routing import (
     stack_states,
     top_k_softmax,
 )
+from qmemtune.errors import UserError
 
 if TYPE_CHECKING:
     from qmemtune.adapters.queryable.memory import QueryableMemory
@@ -185,8 +186,10 @@ def pooled(config: QueryableMemoryConfig, states: Tensor, context: ForwardContex
         return states
     prompt = context.prompt_mask
     if prompt is None or prompt.shape != states.shape[:-1]:
-        raise RuntimeError(
-            "granularity='row' needs to know each row's prompt: it is for losses of studies, not for generation"
+        raise UserError(
+            "this memory forms one route a row, from its prompt, and only the loss of rows tells what is prompt",
+            where="adapter.granularity",
+            fix="train with adapter.granularity=token to generate, export, or use it elsewhere",
         )
     share = prompt.to(states) / prompt.sum(dim=-1, keepdim=True).clamp_min(1)
     return (share.unsqueeze(-2) @ states).contiguous()
