@@ -52,7 +52,7 @@ def study(
         request = read_request(overrides or [])
         known = find_study(name, request.options)
         if readme:
-            result = renew_readme(known.name, request.folder)
+            result = renew_readme(known.stem, request.folder)
             out.result(result, lambda console: console.print(f"wrote {result['readme']} and {result['stored']}"))
             return
         from qmemtune.study.cells import described
@@ -95,7 +95,7 @@ def write_report(found: dict[str, Any], path: Path) -> dict[str, Any]:
     return {"json": str(folder.summary), "markdown": str(folder.tables), "plots": plots, "notes": notes}
 
 
-def renew_readme(name: str, path: Path | None) -> dict[str, Any]:
+def renew_readme(stem: str, path: Path | None) -> dict[str, Any]:
     """Copy a study's results into the repository and renew README.md, both in the working folder.
 
     Raises:
@@ -106,8 +106,8 @@ def renew_readme(name: str, path: Path | None) -> dict[str, Any]:
     from qmemtune.study.options import FOLDERS
     from qmemtune.study.readme import STORED, update
 
-    stored, readme = STORED / f"{name}.json", Path("README.md")
-    write_json(stored, read_json(StudyDir(path or FOLDERS / name).summary))
+    stored, readme = STORED / f"{stem}.json", Path("README.md")
+    write_json(stored, read_json(StudyDir(path or FOLDERS / stem).summary))
     return {"stored": str(stored), "readme": str(readme), "changed": update(readme, STORED)}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qmemtune.config.compose import Composed, compose, to_dict
@@ -20,6 +22,8 @@ Named = TypeVar("Named", Variant, Setting)
 Count = Callable[[Config], int]
 """Trainable parameters of a config."""
 
+PATH = re.compile(r"^([^=]*path=)(.+)$", re.DOTALL)
+"""An override that names a file."""
 UNHASHED = ("run_dir", "resume", "recipe", "description", "needs", "export", "tracking")
 """Parts of a config that change nothing about a run's numbers."""
 
@@ -85,6 +89,8 @@ class Plan:
     """Of the stability grid."""
     grid_seeds: list[int]
     warnings: list[str]
+    command: str
+    """What was asked for, as a command line; seeds, learning rates and folders left out."""
 
 
 def make_plan(study: Study, request: Request, count: Count) -> Plan:
@@ -124,7 +130,28 @@ def make_plan(study: Study, request: Request, count: Count) -> Plan:
                 if seed in grid_seeds and in_grid(study, setting, variant, options.variants is not None):
                     for rate in rates:
                         add(setting, variant, seed, rate)
-    return Plan(study, settings, variants, list(cells.values()), seeds, rates, grid_seeds, warnings)
+    return Plan(
+        study, settings, variants, list(cells.values()), seeds, rates, grid_seeds, warnings, command(study, request)
+    )
+
+
+def command(study: Study, request: Request) -> str:
+    """The command line of a study, without what its results tell in other ways: seeds and learning rates.
+
+    Paths are cut to their last part: they are elsewhere on every machine.
+    """
+    options = request.options
+    parts = ["qmemtune study", study.name]
+    if study.on is not None:
+        parts.append(f"study.on={study.on}")
+    for key, wanted, known, usual in (
+        ("variants", options.variants, [one.name for one in study.variants], study.default_variants),
+        ("settings", options.settings, [one.name for one in study.settings], study.default_settings),
+    ):
+        if wanted and list(wanted) != list(usual or known):
+            parts.append(f"study.{key}=[{','.join(wanted)}]")
+    given = [*request.overrides, *(f"{name}:{text}" for name, texts in request.for_variants.items() for text in texts)]
+    return " ".join([*parts, *(PATH.sub(lambda found: found[1] + Path(found[2]).name, text) for text in given)])
 
 
 def in_grid(study: Study, setting: Setting, variant: Variant, named: bool) -> bool:

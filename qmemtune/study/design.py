@@ -87,3 +87,10 @@ class Study:
     grid_variants: tuple[str, ...] = ()
     """Variants that are run over the grid; empty for all that are chosen."""
     grid_seeds: tuple[int, ...] = (0, 1, 2)
+    on: str | None = None
+    """The study whose task it has, where that is not its usual one."""
+
+    @property
+    def stem(self) -> str:
+        """What its folder and its stored results are called."""
+        return self.name if self.on is None else f"{self.name}_{self.on}"

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qmemtune.config.study import StudyConfig
 from qmemtune.errors import UserError
 from qmemtune.rundir import read_json
-from qmemtune.study.cells import chosen
-from qmemtune.study.studies import find_study
 from qmemtune.study.tables import STATISTICS, compared_by, entries, interval, number, spans, spread, table, whole, words
 
 BEGIN = "<!-- studies: written by `qmemtune study NAME --readme` from benchmarks/studies -->"
@@ -48,25 +45,11 @@ def study_section(study: Mapping[str, Any]) -> str:
                 row.append("" if own else interval(confirmed, metrics[0]))
             rows.append(row)
     tuned = f" Settings were chosen on seeds {spans(study['tuning_seeds'])}." if study["tuning_seeds"] else ""
-    command = f"`{command_of(study)}`, seeds {spans(study['seeds'])}"
+    command = f"`{study['command']}`, seeds {spans(study['seeds'])}"
     lines = [f"**{study['title']}** ({command}). {study['about']}{tuned}", table(head, rows)]
     if study["stability"]:
         lines.append(stability_line(study))
     return "\n\n".join(lines)
-
-
-def command_of(study: Mapping[str, Any]) -> str:
-    """The command line that runs a study's variants and settings; its seeds are told beside it."""
-    known = find_study(study["study"], StudyConfig())
-    parts = ["qmemtune study", study["study"]]
-    for what, default in (
-        ("variants", chosen(list(known.variants), known.default_variants, "study.variants")),
-        ("settings", chosen(list(known.settings), known.default_settings, "study.settings")),
-    ):
-        run = [one["name"] for one in study[what]]
-        if run != [one.name for one in default]:
-            parts.append(f"study.{what}=[{','.join(run)}]")
-    return " ".join(parts)
 
 
 def stability_line(study: Mapping[str, Any]) -> str:

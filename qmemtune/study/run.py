@@ -42,7 +42,7 @@ def plan_study(name: str, request: Request) -> tuple[Plan, StudyDir]:
     """
     study = find_study(name, request.options)
     plan = make_plan(study, request, trainable_parameters)
-    return plan, StudyDir(request.folder or FOLDERS / study.name)
+    return plan, StudyDir(request.folder or FOLDERS / study.stem)
 
 
 def trainable_parameters(config: Config) -> int:
@@ -83,6 +83,7 @@ def run_study(plan: Plan, folder: StudyDir, *, jobs: int, tuning_seeds: Sequence
     results = [found for cell in plan.cells if (found := folder.finished(cell)) is not None]
     return {
         "study": plan.study.name,
+        "command": plan.command,
         "title": plan.study.title,
         "about": plan.study.about,
         "recipe": plan.study.recipe,

@@ -32,7 +32,7 @@ def how(study: Mapping[str, Any]) -> str:
     seeds = study["seeds"]
     tuned = f"; settings were chosen on seeds {spans(study['tuning_seeds'])}" if study["tuning_seeds"] else ""
     return (
-        f"Command: `qmemtune study {study['study']}`. Seeds {spans(seeds)}{tuned}. "
+        f"Command: `{study['command']}`. Seeds {spans(seeds)}{tuned}. "
         f"Machine: {machine['processor']}, {machine['cpu_count']} cores, {machine['jobs']} process"
         f"{'es' if machine['jobs'] > 1 else ''}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)

@@ -81,4 +81,5 @@ def study(options: StudyConfig) -> Study:
         default_settings=("ample",) if options.on == "regression" else ("r4",),
         seeds=(3, 4, 5, 6, 7) if options.on == "regression" else (3, 4, 5),
         learning_rates=(),
+        on=None if options.on == StudyConfig.on else options.on,
     )
