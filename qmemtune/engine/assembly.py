@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from qmemtune.config.schema import Config
 from qmemtune.data.changes import WatchedFiles
+from qmemtune.data.sampler import LengthGroupedSampler
 from qmemtune.engine.bad_steps import BadSteps
 from qmemtune.engine.best import Best
 from qmemtune.engine.folder import Opened
@@ -41,7 +42,10 @@ def make_trainer(
     """Put the trainer together; with a checkpoint, after checking that it fits."""
     first = args.process_index == 0
     totals, best, measured = Totals(), Best(config.trainer.keep_best), Measured()
+    sampler = task.sampler(config, args.world_size)
     if opened.checkpoint is not None:
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.order = opened.checkpoint.row_order
         check_resumable(
             opened.checkpoint,
             task.model,
@@ -70,7 +74,7 @@ def make_trainer(
     )
     parts = Parts(
         config=config,
-        sampler=task.sampler(config, args.world_size),
+        sampler=sampler,
         task=task,
         heldout=heldout,
         steps=steps,

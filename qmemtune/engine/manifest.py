@@ -35,6 +35,8 @@ class Checkpoint:
     format: int
     log_lines: dict[str, int]
     """Lines that the run's log files had, by name; empty in the first format."""
+    row_order: int
+    """Of :class:`qmemtune.data.sampler.LengthGroupedSampler`."""
 
 
 class NotComplete(UserError):
@@ -83,7 +85,9 @@ def read_manifest(path: Path) -> Checkpoint:
                 raise ValueError("its own digest does not match")
             refuse_newer("checkpoint", version, CHECKPOINT_FORMAT, str(path), facts.get("qmemtune"))
         files = {str(name): {"size": entry} if version == 1 else dict(entry) for name, entry in facts["files"].items()}
-        numbers = [facts[name] for name in ("step", "world_size", "rows_per_step")]
+        # Not named before there was a second one.
+        facts.setdefault("row_order", 1)
+        numbers = [facts[name] for name in ("step", "world_size", "rows_per_step", "row_order")]
         numbers += [entry["size"] for entry in files.values()]
         if not files or any(type(number) is not int for number in numbers):
             raise ValueError("it lists no files with sizes")
@@ -93,8 +97,8 @@ def read_manifest(path: Path) -> Checkpoint:
             where=str(path),
             fix=ANOTHER,
         ) from None
-    step, world_size, rows_per_step = numbers[:3]
-    return Checkpoint(path, step, world_size, rows_per_step, files, version, facts.get("log_lines", {}))
+    step, world_size, rows_per_step, row_order = numbers[:4]
+    return Checkpoint(path, step, world_size, rows_per_step, files, version, facts.get("log_lines", {}), row_order)
 
 
 def damage(folder: Path, name: str, written: dict[str, Any]) -> str | None:

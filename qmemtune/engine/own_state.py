@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import qmemtune
+from qmemtune.data.sampler import ORDER
 from qmemtune.disk import onto_disk
 from qmemtune.engine import made_with
 from qmemtune.engine.metrics_log import count_lines
@@ -30,6 +31,7 @@ def save_own_state(parts: Parts, folder: Path, run: RunDir, step: int) -> dict[s
     return {
         "step": step,
         "rows_per_step": parts.steps.rows_per_step,
+        "row_order": getattr(parts.sampler, "order", ORDER),
         "log_lines": {path.name: count_lines(path) for path in logs},
         "qmemtune": qmemtune.__version__,
     }

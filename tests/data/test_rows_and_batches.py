@@ -109,6 +109,20 @@ def test_few_rows_have_little_padding_and_other_companions_in_every_epoch(count)
     assert kept < 0.7, "the same batches in every epoch"
 
 
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (0, [1, 10, 11, 7, 14, 6, 18, 16, 17, 12, 0, 8, 9, 5, 15, 3, 4, 2, 19, 13]),
+        (3, [18, 8, 13, 7, 10, 14, 11, 15, 5, 0, 3, 4, 9, 17, 16, 2, 19, 1, 6, 12]),
+    ],
+)
+def test_the_first_order_is_still_to_be_had(epoch, expected):
+    # Written down when there was no other.
+    sampler = LengthGroupedSampler([5, 9, 1, 7, 3, 8, 2, 6, 4, 10] * 2, 2, seed=1, order=1)
+    sampler.set_epoch(epoch)
+    assert list(sampler) == expected
+
+
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (1, 4), (4, 4), (5, 4), (3, 1)])
 def test_small_sets(count, batch_size):
     assert sorted(LengthGroupedSampler([5] * count, batch_size, seed=-1)) == list(range(count))
