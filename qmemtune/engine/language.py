@@ -22,6 +22,7 @@ from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.task import Batch, Task
 from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import draw_samples, evaluate
+from qmemtune.models.head import PROBED
 
 
 class LanguageTask(Task):
@@ -54,7 +55,8 @@ class LanguageTask(Task):
         self.collator = self.batching.collator
         if self.batching.packed:
             check_rows_stay_apart(model, device, dtype)
-        with self.source.context([""]):
+        prompt = torch.full(PROBED, IGNORED, device=device)
+        with self.source.context([""]), prompts_of(self.source.memory, prompt, IGNORED):
             self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model), compiled=config.trainer.compile)
         if config.trainer.compile and self.labelled_loss.full_logits:
             raise UserError(

@@ -86,6 +86,10 @@ def matching_transform(lm: nn.Module, raw: Tensor, expected: Tensor, *, toleranc
     return None
 
 
+PROBED = (1, 4)
+"""Rows and tokens that :func:`find_transform` looks at."""
+
+
 @torch.no_grad()
 def find_transform(lm: nn.Module) -> Transform | None:
     """:func:`matching_transform` on a few tokens; mode and random state are left as they were."""
@@ -94,7 +98,7 @@ def find_transform(lm: nn.Module) -> Transform | None:
         return None
     device = next(lm.parameters()).device
     modes = [(module, module.training) for module in lm.modules()]
-    tokens = torch.arange(1, 5, device=device)[None]
+    tokens = torch.arange(1, PROBED[1] + 1, device=device).expand(PROBED)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     try:
         lm.eval()

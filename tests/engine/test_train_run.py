@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qmemtune.cli.app import main
 from qmemtune.engine.restore import load_run
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
@@ -44,6 +45,25 @@ def test_a_run_writes_its_folder(composed, recorder, read_lines, adapter):
     assert progress.finished == 1
     assert progress.started[0][0] == 4
     assert [e["step"] for e in progress.evaluations] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "option", ["adapter.granularity=row", "adapter.shared_atoms=false", "adapter.generated_core=true"]
+)
+def test_variants_for_studies_train_from_their_preflight_to_their_last_evaluation(composed, option):
+    summary = train(composed(option, "evaluation.at_start=true", "evaluation.every_steps=2", adapter="queryable"))
+    assert summary["steps"] == 4
+    assert 0 < summary["eval"]["loss"] < 10
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "inspect", "merge-export"])
+def test_what_routes_of_whole_rows_cannot_do_is_said(composed, capsys, tmp_path, verb):
+    train(composed("adapter.granularity=row", adapter="queryable"))
+    more = ["--prompt", "Name", "--max-new-tokens", "2"] if verb == "generate" else []
+    code = main([verb, f"run_dir={tmp_path / 'run'}", *more, "--quiet"])
+    said = capsys.readouterr().err
+    assert code == (0 if verb == "eval" else 2), said
+    assert verb == "eval" or "one route a row" in said
 
 
 def test_the_loss_falls(composed):

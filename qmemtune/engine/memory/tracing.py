@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qmemtune.adapters import prompts_of
 from qmemtune.adapters.queryable import memory_of
+from qmemtune.data.rows import IGNORED
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.loss import frozen_head_loss
 from qmemtune.models.attention import short_rows_on_cpu
@@ -222,7 +224,8 @@ class Tracer:
             counter = LiveBytes(there)
             try:
                 with counter:
-                    with self._autocast():
+                    # Routes of whole rows take what they take, whatever is prompt.
+                    with self._autocast(), prompts_of(self.model, ids, IGNORED):
                         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)[0]
                         activations, in_heap, forward = counter.live, counter.live_in_heap, counter.take_peak()
                         chosen = hidden.flatten(0, 1)[:labelled]
