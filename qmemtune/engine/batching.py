@@ -39,10 +39,6 @@ class Batching:
         self.rows: TokenRows | PackedRows = PackedRows(rows, config.data.max_length) if self.packed else rows
         self.collator = PackCollator(pad_token_id) if self.packed else Collator(pad_token_id)
 
-    def sampler(self, world_size: int = 1) -> Sampler[int]:
-        """See :func:`row_order`."""
-        return row_order(self.rows.lengths, self.config, world_size)
-
     def line(self, world_size: int = 1) -> str:
         """One line that says how batches are made, and how much of the first epoch's is padding."""
         padding = padding_share(self.rows.lengths, self.config, world_size)

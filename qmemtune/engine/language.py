@@ -17,7 +17,7 @@ from qmemtune.config.schema import Config
 from qmemtune.data.prepared import PreparedData
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import count_targets
-from qmemtune.engine.batching import Batching, check_rows_stay_apart
+from qmemtune.engine.batching import Batching, check_rows_stay_apart, row_order
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.task import Batch, Task
 from qmemtune.errors import UserError
@@ -119,8 +119,8 @@ class LanguageTask(Task):
         return [sample.as_dict() for sample in answered]
 
     def sampler(self, config: Config, world_size: int) -> Sampler[int]:
-        """See :class:`Batching`."""
-        return self.batching.sampler(world_size)
+        """See :func:`row_order`."""
+        return row_order(self.batching.rows.lengths, config, world_size)
 
     def notes(self, world_size: int) -> list[str]:
         """How batches are made."""

@@ -62,7 +62,7 @@ class _BasesAndStates(torch.autograd.Function):
             remade.expect()
         ctx.save_for_backward(cast, *kept)
         ctx.weights_of = [weight_of for weight_of, _, _ in layers]
-        ctx.remade, ctx.count = remade, len(factors_and_kept)
+        ctx.remade = remade
         ctx.factors = [(len(factor), factor.dtype) for factor in factors]
         results = []
         for _, weight, bias in layers:
@@ -98,7 +98,7 @@ class _BasesAndStates(torch.autograd.Function):
                 part.to(dtype) if asked else None
                 for part, (_, dtype), asked in zip(parts, ctx.factors, wanted, strict=True)
             ]
-        return grad_x, None, None, *grad_factors, *[None] * (ctx.count - len(ctx.factors))
+        return grad_x, None, None, *grad_factors, *[None] * (len(kept) if ctx.remade else 0)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -163,12 +163,15 @@ def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
     """The outputs of layers at one input; None unless this is an ordinary training pass of each."""
     if not (torch.is_grad_enabled() and x.device.type == "cpu" and x.is_floating_point() and x.dim() > 1):
         return None
-    names = [layer.adapter() for layer in layers]
+    names = [name for layer in layers if (name := layer.adapter()) is not None]
+    if len(names) < len(layers):
+        return None
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     bases = []
-    for layer, name in zip(layers, names, strict=True):
-        # The weight last: some make it anew.
-        if name is None or (weight := layer.weight_of(kind)) is None:
+    for layer in layers:
+        # Last of what is asked: some make it anew.
+        weight = layer.weight_of(kind)
+        if weight is None:
             return None
         bias = layer.module.base_layer.bias
         bases.append((layer.weight_of, weight, None if bias is None else bias.to(kind)))
@@ -181,7 +184,7 @@ def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
     results, states = made[: len(layers)], made[len(layers) :]
     outputs = []
     for layer, name, result, state in zip(layers, names, results, states, strict=True):
-        updated = layer.update(layer.module, str(name), x, result, state.unflatten(0, x.shape[:-1]))
+        updated = layer.update(layer.module, name, x, result, state.unflatten(0, x.shape[:-1]))
         outputs.append(updated.unflatten(0, x.shape[:-1]))
     return outputs
 
