@@ -79,11 +79,13 @@ def compiled_recomputation(c: Config) -> Iterator[Problem]:
 
 
 @check
-def packing(c: Config) -> Iterator[Problem]:
-    if not c.trainer.packing or not isinstance(c.adapter, QueryableConfig):
+def rows_in_one_sequence(c: Config) -> Iterator[Problem]:
+    if not isinstance(c.adapter, QueryableConfig) or c.adapter.granularity == "token":
         return
-    if c.adapter.granularity == "row":
-        yield "trainer.packing", "a route of a whole row would mix packed rows", "set adapter.granularity=token"
+    for name in ("packing", "padding_free"):
+        if getattr(c.trainer, name):
+            reason = "a route of a whole row would mix the rows of a sequence"
+            yield f"trainer.{name}", reason, "set adapter.granularity=token"
 
 
 @check

@@ -21,6 +21,7 @@ FAMILIAR = {
     "fp16": "model.compute_dtype",
     "grad_accum": "trainer.gradient_accumulation_steps",
     "group_by_length": "trainer.length_grouping",
+    "padding_free": "trainer.padding_free",
     "load_in_4bit": "quantization=nf4",
     "load_in_8bit": "quantization=int8",
     "log_steps": "trainer.logging_steps",

@@ -44,11 +44,15 @@ class TrainerConfig:
     """Recompute activations in the backward pass (non-reentrant): less memory, about a third slower."""
     gradient_checkpointing_use_reentrant: bool = False
     """Use the reentrant variant; not possible with the queryable memory."""
-    length_grouping: bool = True
-    """Put rows of like length into one batch, so that little is padded."""
+    padding_free: bool | None = None
+    """Put the rows of a batch one behind the other, kept apart in attention, positions, routes and loss, so that
+    nothing is padded and batches can be of rows at random. If not set: on a CPU, where the model's attention allows
+    it; not with routes of whole rows, nor with trainer.compile."""
+    length_grouping: bool | None = None
+    """Put rows of like length into one batch, so that little is padded. If not set: where rows are padded."""
     packing: bool = False
-    """Pack rows into sequences of data.max_length tokens, kept apart in attention, positions, routes and loss; a batch
-    then holds per_device_train_batch_size such sequences. Off, because rows of like length were faster on a CPU."""
+    """Pack rows into sequences of up to data.max_length tokens, kept apart in the same way; a batch then holds
+    per_device_train_batch_size such sequences, and a step a changing number of rows."""
     logging_steps: int = 10
     """Log every so many optimizer steps."""
     route_stats_steps: int | None = 20

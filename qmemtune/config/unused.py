@@ -83,7 +83,7 @@ def _task(c: Config) -> dict[str, str]:
     for name in ("tokenizer", "chat_template", "attn_implementation", "trust_remote_code"):
         reasons[f"model.{name}"] = "the base of a regression is trained here"
     reasons["trainer.compile"] = "the network of a regression is too small to gain by it"
-    for name in ("packing", "length_grouping"):
+    for name in ("packing", "padding_free", "length_grouping"):
         reasons[f"trainer.{name}"] = "the rows of a regression are of one length"
     return reasons
 

@@ -1,6 +1,6 @@
-"""Rows packed into sequences of one length, each row still on its own.
+"""Rows packed into sequences of one length, or a batch's rows one behind the other, each row still on its own.
 
-A packed sequence has the rows' tokens one after the other, and positions that begin again at 0 with each row. From
+Such a sequence has the rows' tokens one after the other, and positions that begin again at 0 with each row. From
 them transformers builds an attention mask that keeps the rows apart (in a pass without a cache); a route of the
 queryable memory is formed from one token alone; a row's first token is never predicted. So every row gets the logits it
 has alone.
@@ -89,6 +89,12 @@ class PackedRows(Sequence[dict[str, Any]]):
         lengths = self.rows.lengths
         return [sum(lengths[i] for i in pack) for pack in self.packs]
 
+    @property
+    def loss_lengths(self) -> list[int]:
+        """Tokens in the loss of each pack."""
+        lengths = self.rows.loss_lengths
+        return [sum(lengths[i] for i in pack) for pack in self.packs]
+
 
 @dataclass(frozen=True)
 class PackCollator:
@@ -123,3 +129,31 @@ class PackCollator:
         number = starts.flatten().cumsum(0).view_as(starts) - 1
         rows = number.where(batch["attention_mask"] == 1, len(instructions))
         return {**batch, "instruction": [*instructions, ""], "instruction_row": rows, "origin": origins}
+
+
+@dataclass(frozen=True)
+class PaddingFreeCollator:
+    """A batch's rows (or the rows of its packs) one behind the other, in one sequence that needs no padding.
+
+    Returns what :class:`PackCollator` does, with B = 1, and ``row_lengths``, the tokens of each row in their order.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        packs = [row if "position_ids" in row else _alone(row) for row in rows]
+        joined = {name: [value for pack in packs for value in pack[name]] for name in packs[0]}
+        starts = [i for i, position in enumerate(joined["position_ids"]) if position == 0]
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], len(joined["position_ids"])], strict=True)]
+        return {**PackCollator(self.pad_token_id)([joined]), "row_lengths": lengths}
+
+
+def _alone(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a pack of itself."""
+    return {
+        "input_ids": row["input_ids"],
+        "labels": row["labels"],
+        "position_ids": range(len(row["input_ids"])),
+        "origin": [row.get("origin", "")],
+        "instruction": [row.get("instruction", "")],
+    }

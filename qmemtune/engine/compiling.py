@@ -23,8 +23,8 @@ def has_fused_layers(config: Config) -> bool:
     return config.trainer.fused_layers and not config.trainer.compile
 
 
-def has_short_attention(config: Config) -> bool:
-    """Whether training on a CPU has its own attention over short rows."""
+def has_training_attention(config: Config) -> bool:
+    """Whether training has an attention of its own: rows without padding, and short rows on a CPU."""
     return config.model.attn_implementation is None and not config.trainer.compile
 
 

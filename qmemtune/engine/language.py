@@ -17,11 +17,12 @@ from qmemtune.config.schema import Config
 from qmemtune.data.prepared import PreparedData
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import count_targets
-from qmemtune.engine.batching import Batching, check_rows_stay_apart, row_order
+from qmemtune.engine.batching import BatchForm, Batching, row_order, settled
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.task import Batch, Task
 from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import draw_samples, evaluate
+from qmemtune.models.attention import rows_of
 from qmemtune.models.head import PROBED
 
 
@@ -33,6 +34,8 @@ class LanguageTask(Task):
         tokenizer: its tokenizer.
         data: tokenised rows.
         config: the run.
+        form: of its batches; where the config does not ask for it, a model that mixes rows of one sequence gets padded
+            batches instead.
         device: where the model is.
         dtype: of the arithmetic.
     """
@@ -44,17 +47,17 @@ class LanguageTask(Task):
         data: PreparedData,
         config: Config,
         *,
+        form: BatchForm,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.model, self.tokenizer, self.data = model, tokenizer, data
-        self.batching = Batching(config, data.train, tokenizer.pad_token_id)
+        self.form, self._why_padded = settled(form, model, config, device=device, dtype=dtype)
+        self.batching = Batching(config, self.form, data.train, tokenizer.pad_token_id)
         self.rows, self.heldout, self.report = self.batching.rows, data.heldout, data.report
         self.config, self.device, self.dtype = config.evaluation, device, dtype
         self.source = InstructionSource(model, tokenizer)
         self.collator = self.batching.collator
-        if self.batching.packed:
-            check_rows_stay_apart(model, device, dtype)
         prompt = torch.full(PROBED, IGNORED, device=device)
         with self.source.context([""]), prompts_of(self.source.memory, prompt, IGNORED):
             self.labelled_loss = LabelledLoss(model, lambda: auxiliary_loss(model), compiled=config.trainer.compile)
@@ -82,12 +85,13 @@ class LanguageTask(Task):
         """Cross-entropy summed over labelled tokens."""
         inputs = dict(batch)
         instructions, rows = inputs.pop("instruction"), inputs.pop("instruction_row", None)
+        lengths = inputs.pop("row_lengths", None)
         inputs.pop("origin", None)
         if "position_ids" in inputs:
-            # Packed rows: a mask would tell transformers that each sequence is one row.
+            # Several rows in a sequence: a mask would tell transformers that each sequence is one row.
             inputs.pop("attention_mask")
         prompts = prompts_of(self.source.memory, inputs["labels"], IGNORED)
-        with self.source.context(instructions, rows), prompts, self.labelled_loss.installed():
+        with self.source.context(instructions, rows), prompts, rows_of(lengths), self.labelled_loss.installed():
             loss_sum, auxiliary = model(**inputs)
         return loss_sum, auxiliary
 
@@ -120,11 +124,11 @@ class LanguageTask(Task):
 
     def sampler(self, config: Config, world_size: int) -> Sampler[int]:
         """See :func:`row_order`."""
-        return row_order(self.batching.rows.lengths, config, world_size)
+        return row_order(self.batching.rows.lengths, config, self.form, world_size)
 
     def notes(self, world_size: int) -> list[str]:
         """How batches are made."""
-        return [self.batching.line(world_size)]
+        return [self.batching.line(world_size), *self._why_padded]
 
     def resolved(self, config: Config) -> Config:
         """The config with the row form that was recognised, so that prompts are rendered alike without the rows."""

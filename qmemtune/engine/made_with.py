@@ -40,6 +40,8 @@ COMPUTE = ("qmemtune", "torch", "transformers", "peft", "accelerate", "bitsandby
 """Packages whose other versions may compute other numbers."""
 
 
+BATCHES = ("trainer.padding_free", "trainer.length_grouping")
+"""Keys that are found out where they are not set; compared by what they came to."""
 MACHINE = {"device": "the device", "processor": "the processor", "threads": "the number of threads"}
 
 
@@ -57,7 +59,14 @@ class Change:
 
 
 def made_with(
-    config: Config, train: Any, heldout: Any, steps: StepCount, *, dtype: torch.dtype, device: torch.device
+    config: Config,
+    train: Any,
+    heldout: Any,
+    steps: StepCount,
+    *,
+    batches: dict[str, bool],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Any]:
     """All that a run's numbers follow from, as far as it is known.
 
@@ -66,6 +75,7 @@ def made_with(
         train: its training rows.
         heldout: its held-out rows.
         steps: its optimizer steps.
+        batches: what :data:`BATCHES` came to.
         dtype: of the arithmetic.
         device: where it trains.
     """
@@ -73,6 +83,7 @@ def made_with(
     settings = [setting for setting in flatten(to_dict(config), "") if not setting.key.startswith(NOT_KEPT)]
     return {
         "config": {setting.key: setting.value for setting in settings},
+        "batches": batches,
         "rows": {"training rows": rows_digest(train), "held-out rows": rows_digest(heldout)},
         # Size and time of the last change tell which file it was; the rows' digests tell whether it matters.
         "files": {path: list(state[:2]) for path, state in files.items() if state is not None},
@@ -99,6 +110,18 @@ def digests_of_base(config: Config) -> dict[str, str]:
 def save(facts: dict[str, Any], folder: Path) -> None:
     """Write into a checkpoint folder."""
     (folder / FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def batches_of(then: dict[str, Any]) -> dict[str, bool]:
+    """What :data:`BATCHES` came to, by :func:`made_with` of a run; all rows were padded before it said so."""
+    padded = {"trainer.padding_free": False, "trainer.length_grouping": then["config"]["trainer.length_grouping"]}
+    batches: dict[str, bool] = then.get("batches", padded)
+    return batches
+
+
+def was_padding_free(checkpoint: Checkpoint) -> bool:
+    """Whether the run that wrote a checkpoint put rows one behind the other."""
+    return FILE in checkpoint.files and batches_of(read_json(checkpoint.path / FILE))["trainer.padding_free"]
 
 
 def changes_since(checkpoint: Checkpoint, now: dict[str, Any], config: Config) -> list[Change] | None:
@@ -159,8 +182,9 @@ def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) ->
     """Options that are others."""
     rows_differ = then["rows"] != now["rows"]
     found = []
-    for key in dict.fromkeys([*then["config"], *now["config"]]):
-        before, after = then["config"].get(key), now["config"].get(key)
+    settings = {**then["config"], **batches_of(then)}, {**now["config"], **batches_of(now)}
+    for key in dict.fromkeys([*settings[0], *settings[1]]):
+        before, after = (setting.get(key) for setting in settings)
         if before == after:
             continue
         if key.startswith("data."):

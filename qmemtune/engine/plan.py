@@ -46,7 +46,7 @@ def plan(composed: Composed) -> dict[str, Any]:
         "tokens": round(rows.prepared.tokens * steps.total / steps.per_epoch),
         "padding": None
         if isinstance(rows.train, TensorRows)
-        else round(padding_share(rows.train.lengths, config, 1), 4),
+        else round(padding_share(rows.train.lengths, config, checked.form, 1), 4),
         "steps": steps.total,
         "steps_per_epoch": steps.per_epoch,
         "warmup_steps": steps.warmup,

@@ -23,7 +23,8 @@ from qmemtune.data.prepared import PreparedData
 from qmemtune.data.regression import RegressionData, TensorRows, prepare_regression
 from qmemtune.data.rows import TokenRows
 from qmemtune.engine.arguments import refuse_data_parallel
-from qmemtune.engine.compiling import check_compiler, has_fused_layers, has_short_attention
+from qmemtune.engine.batching import BatchForm
+from qmemtune.engine.compiling import check_compiler, has_fused_layers, has_training_attention
 from qmemtune.engine.findings import Findings
 from qmemtune.engine.folder import Opened, open_run, run_dtype
 from qmemtune.engine.made_with import check_unchanged, made_with
@@ -60,6 +61,8 @@ class Checked:
     opened: Opened
     dtype: torch.dtype
     rows: Rows
+    form: BatchForm
+    """Of the batches, if the model allows it."""
     steps: StepCount
     total_parameters: int
     """Of the base."""
@@ -120,6 +123,7 @@ def preflight(
         found.attempt(lambda: refuse_second_quantization(config.model.path, own, config.quantization))
         model = found.attempt(lambda: adapted_skeleton(config, base))
     world_size = 1 if args is None else args.world_size
+    form = BatchForm.of(config, device, opened.checkpoint if opened is not None else None)
     steps = None
     if rows is not None:
         steps = count_steps(len(rows.train), config.trainer, config.optimizer, world_size=world_size)
@@ -127,7 +131,9 @@ def preflight(
         sharded = args is not None and is_sharded(args)
         check_start(config, opened, model, steps, found, world_size=world_size, sharded=sharded)
         if rows is not None and dtype is not None and not found.found:
-            changed = found.attempt(lambda: check_changes(config, opened, rows, steps, dtype=dtype, device=device))
+            changed = found.attempt(
+                lambda: check_changes(config, opened, rows, steps, form, dtype=dtype, device=device)
+            )
             notes = [*notes, *(changed or [])]
     if (
         found.found
@@ -145,10 +151,10 @@ def preflight(
     assert rows is not None
     assert steps is not None
     assert model is not None
-    memory, warning = check_memory(config, device, rows, loads, world_size=world_size)
+    memory, warning = check_memory(config, device, rows, form, steps, loads, world_size=world_size)
     if warning is not None:
         notes = [*notes, f"warning: {warning}"]
-    return Checked(opened, dtype, rows, steps, total, describe(model), memory, notes)
+    return Checked(opened, dtype, rows, form, steps, total, describe(model), memory, notes)
 
 
 def load_rows(config: Config, rejected: Path | None, loads: Loads, found: Findings, progress: Progress) -> Rows | None:
@@ -193,12 +199,20 @@ def check_start(
 
 
 def check_changes(
-    config: Config, opened: Opened, rows: Rows, steps: StepCount, *, dtype: torch.dtype, device: torch.device
+    config: Config,
+    opened: Opened,
+    rows: Rows,
+    steps: StepCount,
+    form: BatchForm,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[str]:
     """What the user should know about changes since the checkpoint was written; UserError if they are not allowed."""
     if opened.checkpoint is None:
         return []
-    now = made_with(config, rows.train, rows.prepared.heldout, steps, dtype=dtype, device=device)
+    heldout = rows.prepared.heldout
+    now = made_with(config, rows.train, heldout, steps, batches=form.settings(), dtype=dtype, device=device)
     return check_unchanged(opened.checkpoint, now, config)
 
 
@@ -230,7 +244,14 @@ def check_disk(run: RunDir, needed: int) -> None:
 
 
 def check_memory(
-    config: Config, device: torch.device, rows: Rows, loads: Loads, *, world_size: int = 1
+    config: Config,
+    device: torch.device,
+    rows: Rows,
+    form: BatchForm,
+    steps: StepCount,
+    loads: Loads,
+    *,
+    world_size: int = 1,
 ) -> tuple[Memory | None, str | None]:
     """Estimates for the run, and a warning where it does not fit.
 
@@ -238,8 +259,8 @@ def check_memory(
     """
     if isinstance(rows.train, TensorRows):
         return None, None
-    workload = Workload.of(config, rows.train)
-    forms = (has_fused_layers(config), has_short_attention(config))
+    workload = Workload.of(config, form, rows.train, epochs=steps.total / steps.per_epoch, world_size=world_size)
+    forms = (has_fused_layers(config), has_training_attention(config))
     key = (config.model, config.quantization, config.adapter, config.optimizer, forms, workload, world_size)
 
     def make() -> RunMemory:

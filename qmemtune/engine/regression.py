@@ -14,6 +14,7 @@ from qmemtune.config.model import MlpConfig
 from qmemtune.config.regression import NOISY_REGRESSION
 from qmemtune.config.schema import Config
 from qmemtune.data.regression import RegressionData, collate
+from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.task import Batch, Task
 from qmemtune.evaluation.forward import evaluation_forward
 from qmemtune.evaluation.guard import undisturbed
@@ -53,6 +54,7 @@ class RegressionTask(Task):
         self.data, self.device, self.dtype = data, device, dtype
         self.max_rows = config.evaluation.max_rows
         self.collator = collate
+        self.form = BatchForm.of(config, device)
         self.one_each = torch.tensor([1, 1, 0])
 
     def count(self, batch: Batch) -> Tensor:

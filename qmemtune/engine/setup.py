@@ -41,7 +41,7 @@ def build(config: Config, args: TrainingArguments, *, checked: Checked, loads: L
     model = apply_adapter(base, config.adapter, seed=config.seed)
     if config.trainer.gradient_checkpointing:
         checkpoint_activations(base, use_reentrant=config.trainer.gradient_checkpointing_use_reentrant)
-    return LanguageTask(model, tokenizer, data, config, device=args.device, dtype=dtype)
+    return LanguageTask(model, tokenizer, data, config, form=checked.form, device=args.device, dtype=dtype)
 
 
 def build_regression(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from qmemtune.config.schema import Config
+from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.sampler import SeededRandomSampler
 
 Batch = Mapping[str, Any]
@@ -45,6 +46,8 @@ class Task(ABC):
     """Of the arithmetic."""
     collator: Callable[[Any], dict[str, Any]]
     """Rows to a batch."""
+    form: BatchForm
+    """Of the batches."""
 
     @abstractmethod
     def count(self, batch: Batch) -> Tensor:

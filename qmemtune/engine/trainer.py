@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from qmemtune.adapters import parameter_groups
 from qmemtune.adapters.queryable.statistics import RouteUse
 from qmemtune.engine.checkpoints import WRITING
-from qmemtune.engine.compiling import has_fused_layers, has_short_attention
+from qmemtune.engine.compiling import has_fused_layers, has_training_attention
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.evaluations import Evaluations
 from qmemtune.engine.fused import fused_on_cpu
@@ -35,7 +35,7 @@ from qmemtune.engine.step_numbers import StepNumbers
 from qmemtune.engine.totals import Stopwatch
 from qmemtune.engine.tracking import guard_backends
 from qmemtune.errors import Diverged
-from qmemtune.models.attention import short_rows_on_cpu
+from qmemtune.models.attention import training_attention
 from qmemtune.models.dequantized import dequantized_on_cpu
 
 
@@ -94,9 +94,9 @@ class RunTrainer(Trainer):
 
     @contextmanager
     def _fast_kernels(self) -> Iterator[None]:
-        """On a CPU, attention over short rows, 4-bit layers and fused layers compute in faster ways meanwhile."""
+        """Attention, and on a CPU 4-bit layers and fused layers, compute in faster ways meanwhile."""
         config = self.parts.config
-        attention = short_rows_on_cpu() if has_short_attention(config) else nullcontext()
+        attention = training_attention() if has_training_attention(config) else nullcontext()
         fused = fused_on_cpu(self.model) if has_fused_layers(config) else nullcontext()
         with attention, dequantized_on_cpu(self.model, processes=self.args.world_size) as size, fused:
             if size:

@@ -21,6 +21,7 @@ from qmemtune.config.evaluation import EvaluationConfig
 from qmemtune.config.schema import Config, ResumeConfig, TrackingConfig
 from qmemtune.config.training import TrainerConfig
 from qmemtune.data.prepared import PreparedData
+from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.language import LanguageTask
 from qmemtune.engine.loss import LabelledLoss
@@ -126,6 +127,8 @@ def distillation_config(live: LoadedRun, start: Mapping[str, FoldedLayer]) -> Co
             max_steps=export.distill_steps,
             per_device_train_batch_size=config.trainer.per_device_train_batch_size,
             gradient_accumulation_steps=config.trainer.gradient_accumulation_steps,
+            # The teacher answers padded batches.
+            padding_free=False,
             logging_steps=every,
             save_steps=every,
             save_total_limit=1,
@@ -176,7 +179,8 @@ class Distillation(LanguageTask):
         student = apply_adapter(base, config.adapter, seed=config.seed)
         self.paths: list[str] = []
         self.rank, self.seed = config.adapter.r, config.seed
-        super().__init__(student, live.tokenizer, data, config, device=live.device, dtype=live.dtype)
+        form = BatchForm.of(config, live.device)
+        super().__init__(student, live.tokenizer, data, config, form=form, device=live.device, dtype=live.dtype)
         self._reader = LabelReader(live.model, source=live.source, autocast=self._autocast)
         self._taught: LabelledLogits | None = None
         self.labelled_loss = LabelledLoss(student, loss_of=self._divergence)

@@ -1,28 +1,95 @@
-"""Attention for training short rows on a CPU in bfloat16.
+"""Attention in training: over rows that stand one behind the other, and over short rows on a CPU in bfloat16.
 
 Letters: B rows, H query heads, G key heads, Q query heads a key head, T tokens, D head width.
 
-torch's fused kernel is made for long rows. In bfloat16 its backward pass takes most of the time of a short one: 16 rows
-of 26 tokens, 9 heads of width 64, one AVX-512 core: 1.9 ms forward and 10.5 ms backward, against 1.0 and 1.0 ms for the
-four batched products written out below; 8 rows of 200 tokens: 17 and 48 ms against 14 and 14. What it costs are the
-T x T weights, which the fused kernel never holds: so a layer whose weights take more than a limit is left to it.
+**Rows one behind the other** make a batch without padding: one sequence with the tokens of all rows, and positions that
+begin again with each. transformers keeps them apart with a mask of all tokens against all; here each row has its
+attention alone, in a call of its own. What a token may see within its row (a window, a chunk) is still what
+transformers' mask function says.
+
+**Short rows.** torch's fused kernel is made for long rows. In bfloat16 its backward pass takes most of the time of a
+short one: 16 rows of 26 tokens, 9 heads of width 64, one AVX-512 core: 1.9 ms forward and 10.5 ms backward, against 1.0
+and 1.0 ms for the four batched products written out below; 8 rows of 200 tokens: 17 and 48 ms against 14 and 14. What
+it costs are the T x T weights, which the fused kernel never holds: so a layer whose weights take more than a limit is
+left to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MOST_BYTES = 8 * 2**20
 """Weights that one layer may keep for its backward pass, in bytes."""
 KERNEL = "sdpa"
 CONTIGUOUS = torch.contiguous_format
+ROWS = "qmemtune_rows"
+"""Attribute of a mask that stands for rows one behind the other: what each of them may see."""
+_lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths of the rows of the running pass", default=None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of the rows that stand one behind the other."""
+
+    tokens: int
+    mask: Tensor | None = None
+    """(1, 1, T, T), True where a token may look; None for plain causal attention."""
+
+
+@contextmanager
+def rows_of(lengths: Sequence[int] | None) -> Iterator[None]:
+    """While open, a forward pass over one sequence (1, T) is over rows of these lengths, in tokens, in this order.
+
+    The model still has to be given their positions, which keep rows apart where :func:`training_attention` is not
+    open. None for an ordinary batch.
+    """
+    token = _lengths.set(lengths)
+    try:
+        yield
+    finally:
+        _lengths.reset(token)
+
+
+def mask_of_rows(rows: Sequence[Row], device: torch.device | str) -> Tensor:
+    """What is handed through a model as its mask, (1, 1, T, T), a view of one True; :data:`ROWS` holds the rows."""
+    tokens = sum(row.tokens for row in rows)
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens)
+    setattr(mask, ROWS, tuple(rows))
+    return mask
+
+
+def masks_by_row(plain: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """transformers' function that makes masks, which inside :func:`rows_of` makes one a row."""
+
+    def made(*args: Any, **options: Any) -> Tensor | None:
+        lengths = _lengths.get()
+        whole = [options.get(name) for name in ("batch_size", "q_length", "kv_length")]
+        if lengths is None or len(lengths) < 2 or args or whole != [1, sum(lengths), sum(lengths)]:
+            return plain(*args, **options)
+        if options.get("attention_mask") is not None or options.get("q_offset") or options.get("kv_offset"):
+            return plain(**options)
+        device = options.get("device", "cpu")
+        causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=device).tril()
+        rows, start = [], 0
+        for tokens in lengths:
+            part = {"q_length": tokens, "kv_length": tokens, "q_offset": start, "kv_offset": start}
+            mask = plain(**{**options, **part, "allow_is_causal_skip": False})
+            plainly = mask is None or torch.equal(mask[0, 0], causal[:tokens, :tokens])
+            rows.append(Row(tokens, None if plainly else mask))
+            start += tokens
+        return mask_of_rows(rows, device)
+
+    return made
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -134,13 +201,19 @@ def is_short(
 
 
 @contextmanager
-def short_rows_on_cpu() -> Iterator[None]:
-    """While open, models with transformers' ``sdpa`` attention train short bfloat16 rows on the CPU faster."""
-    fused = ALL_ATTENTION_FUNCTIONS[KERNEL]
+def training_attention() -> Iterator[None]:
+    """While open, models with transformers' ``sdpa`` attention have this module's, for what it is meant for."""
+    fused, masks = ALL_ATTENTION_FUNCTIONS[KERNEL], ALL_MASK_ATTENTION_FUNCTIONS[KERNEL]
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
+        rows: tuple[Row, ...] | None = getattr(attention_mask, ROWS, None)
+        if rows is not None:
+            lengths = [row.tokens for row in rows]
+            parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), rows, strict=True)
+            made = [attention(module, q, k, v, row.mask, **options)[0] for q, k, v, row in parts]
+            return torch.cat(made, dim=1), None
         if is_short(module, query, key, value, attention_mask, options):
             scale = options.get("scaling")
             scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -149,7 +222,9 @@ def short_rows_on_cpu() -> Iterator[None]:
         return result
 
     ALL_ATTENTION_FUNCTIONS[KERNEL] = attention
+    ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = masks_by_row(masks)
     try:
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS[KERNEL] = fused
+        ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = masks

@@ -177,9 +177,12 @@ def test_a_dry_run_says_how_much_of_the_batches_is_padding(call, tiny_llama_dir)
     rows = [json.dumps({"prompt": "a " * n, "completion": " b"}) for n in range(1, 65)]
     Path("uneven.jsonl").write_text("\n".join(rows), encoding="utf-8")
     train = ["train", f"model.path={tiny_llama_dir}", "data.path=uneven.jsonl", "data.eval_fraction=0", "--dry-run"]
-    alike, at_random = (call(*train, f"trainer.length_grouping={on}")["padding"] for on in ("true", "false"))
+    padded = [*train, "trainer.padding_free=false"]
+    alike, at_random = (call(*padded, f"trainer.length_grouping={on}")["padding"] for on in ("true", "false"))
     assert 0.02 < alike < 0.5 * at_random < 0.3
-    assert call(*train, "trainer.per_device_train_batch_size=1")["padding"] == 0
+    assert call(*padded, "trainer.per_device_train_batch_size=1")["padding"] == 0
+    assert call(*padded)["padding"] == alike
+    assert call(*train)["padding"] == 0
 
 
 def stdin(text: str, *, terminal: bool) -> io.StringIO:

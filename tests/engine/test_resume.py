@@ -36,6 +36,7 @@ def stop_at(step: int, signum: int = signal.SIGINT):
         ("lora", 2, ()),
         ("lora", 4, ()),  # the end of an epoch
         ("lora", 6, ("trainer.length_grouping=false", "trainer.num_workers=0")),
+        ("lora", 6, ("trainer.padding_free=false",)),
         ("lora", 6, ("optimizer.name=adamw_8bit", "quantization=nf4")),
         ("queryable", 6, ("adapter.instruction_prior=0.5", "adapter.prior_kl=0.1")),
     ],

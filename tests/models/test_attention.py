@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qmemtune.models import attention
-from qmemtune.models.attention import short_rows_on_cpu
+from qmemtune.models.attention import training_attention
 
 
 def model(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -59,7 +59,7 @@ def test_the_numbers_and_gradients_of_the_fused_kernel(calls: list[int], side: s
         return logits.detach(), gradient
 
     expected, fused = run(exact), run(model())
-    with short_rows_on_cpu():
+    with training_attention():
         short = run(model())
     assert len(calls) == 2
     for ours, theirs, right in zip(short, fused, expected, strict=True):
@@ -69,7 +69,7 @@ def test_the_numbers_and_gradients_of_the_fused_kernel(calls: list[int], side: s
 
 def test_it_stands_aside_where_it_is_not_meant(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     batch = padded("right")
-    with short_rows_on_cpu():
+    with training_attention():
         with torch.no_grad():
             model()(**batch)
         model(torch.float32)(**batch)

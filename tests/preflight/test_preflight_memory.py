@@ -16,6 +16,7 @@ from qmemtune.config.data import SourceConfig
 from qmemtune.config.missing import MISSING
 from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.config.training import OptimizerConfig
+from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.language import LabelledLoss
 from qmemtune.engine.memory.estimate import RunMemory, Workload
@@ -202,9 +203,10 @@ def test_estimate_needs_no_weights_and_no_rows(run_config, tiny_llama_dir, tmp_p
 def test_estimate_reads_the_rows_of_a_mixture(run_config):
     config = run_config().config
     mixture = replace(config.data, path=MISSING, sources={"a": SourceConfig(path=config.data.path)})
-    workload, notes = largest_workload(replace(config, data=mixture))
+    form = BatchForm.of(config, torch.device("cpu"))
+    workload, notes = largest_workload(replace(config, data=mixture), form)
     assert notes == []
-    assert workload == largest_workload(config)[0]
+    assert workload == largest_workload(config, form)[0]
 
 
 def test_estimate_is_shown_by_part(run_config, tiny_llama_dir, capsys):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -14,7 +16,8 @@ from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
 from qmemtune.data.rows import TokenRows
-from qmemtune.engine.compiling import has_fused_layers, has_short_attention
+from qmemtune.engine.batching import BatchForm, batches_of_epoch, row_order
+from qmemtune.engine.compiling import has_fused_layers, has_training_attention
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
 from qmemtune.engine.memory.traces import read_trace, trace_file, write_trace
 from qmemtune.engine.memory.tracing import Traced, Tracer
@@ -41,6 +44,8 @@ quantises. Fitted to two configurations of benchmarks/memory.py; it differs from
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 """Environment variable: from so many bytes on glibc gives memory back as soon as it is freed."""
 SMALL_THRESHOLD = 2**20
+MOST_EPOCHS = 5
+"""Epochs whose batches are looked at for the largest."""
 TRAINED_ITEMSIZE = 4
 """Adapter weights and their gradients are float32, in memory and in files."""
 
@@ -51,35 +56,56 @@ class Workload:
 
     rows: int
     tokens: int
-    """Of its longest row."""
+    """Of its longest row; without padding, of its rows on average."""
     labelled: int
     """Tokens in the loss."""
     accumulation: int = 1
     """Batches in one optimizer step."""
     checkpointing: bool = False
+    padding_free: bool = False
+    """Whether rows stand one behind the other."""
 
     @classmethod
-    def of(cls, config: Config, made: TokenRows | PackedRows | None = None) -> Workload:
+    def of(
+        cls,
+        config: Config,
+        form: BatchForm,
+        made: TokenRows | PackedRows | None = None,
+        *,
+        epochs: float = 1.0,
+        world_size: int = 1,
+    ) -> Workload:
         """That of a config.
 
         Args:
             config: the run.
+            form: of its batches.
             made: its training rows as batches see them; all rows have data.max_length tokens if there are none.
+            epochs: passes over them.
+            world_size: processes of the run.
         """
         rows = config.trainer.per_device_train_batch_size
         tokens = config.data.max_length if made is None else max(made.lengths)
         labelled = rows * tokens
-        if isinstance(made, TokenRows):
-            labelled = sum(sorted(made.loss_lengths, reverse=True)[:rows])
-        elif made is not None:
-            in_loss = made.rows.loss_lengths
-            labelled = sum(sorted((sum(in_loss[i] for i in pack) for pack in made.packs), reverse=True)[:rows])
+        if made is not None:
+            in_loss = made.loss_lengths
+            labelled = sum(sorted(in_loss, reverse=True)[:rows])
+            if form.padding_free:
+                # The order is known, and with it what comes together; more epochs find little more.
+                order = row_order(made.lengths, config, form, world_size)
+                most = np.zeros(2, dtype=np.int64)
+                for epoch in range(min(math.ceil(epochs), MOST_EPOCHS)):
+                    order.set_epoch(epoch)  # type: ignore[attr-defined]
+                    found = [[b.sum() for b in batches_of_epoch(n, order, rows)] for n in (made.lengths, in_loss)]
+                    most = np.maximum(most, np.max(found, axis=1))
+                tokens, labelled = -(-int(most[0]) // rows), int(most[1])
         return cls(
             rows=rows,
             tokens=tokens,
             labelled=max(labelled, 1),
             accumulation=config.trainer.gradient_accumulation_steps,
             checkpointing=config.trainer.gradient_checkpointing,
+            padding_free=form.padding_free,
         )
 
     def with_rows(self, rows: int) -> Workload:
@@ -93,6 +119,7 @@ class Workload:
 
     def with_tokens(self, tokens: int) -> Workload:
         """The same rows, cut to fewer tokens."""
+        tokens = min(tokens, self.tokens)
         return replace(self, tokens=tokens, labelled=max(self.labelled * tokens // self.tokens, 1))
 
 
@@ -220,7 +247,7 @@ class RunMemory:
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "quantization": "none" if has_copies else quantization.kind,
-            "on_cpu": self.on_cpu and has_short_attention(config),
+            "on_cpu": self.on_cpu and has_training_attention(config),
             "fused": self.fused,
             "unit": config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
         }
@@ -232,7 +259,7 @@ class RunMemory:
             "adapter": {name: value.to_dict() for name, value in self.model.peft_config.items()},
         }
         self._made: Tracer | None = None
-        self._traced: dict[tuple[int, int, int, bool], Traced] = {}
+        self._traced: dict[tuple[int, int, int, bool, bool], Traced] = {}
 
     def estimate(self, workload: Workload) -> Estimate:
         """The peak with such batches."""
@@ -270,7 +297,7 @@ class RunMemory:
         )
 
     def _trace(self, workload: Workload) -> Traced:
-        key = (workload.rows, workload.tokens, workload.labelled, workload.checkpointing)
+        key = (workload.rows, workload.tokens, workload.labelled, workload.checkpointing, workload.padding_free)
         if key not in self._traced:
             # A model's own code may change while its config does not.
             file = None if self.config.model.trust_remote_code else trace_file({**self._key, "batch": key})
@@ -278,8 +305,13 @@ class RunMemory:
             if traced is None:
                 if self._made is None:
                     self._made = self._tracer()
-                rows, tokens, labelled, checkpointing = key
-                traced = self._made.step(rows, tokens, labelled, checkpointing=checkpointing)
+                traced = self._made.step(
+                    workload.rows,
+                    workload.tokens,
+                    workload.labelled,
+                    checkpointing=workload.checkpointing,
+                    padding_free=workload.padding_free,
+                )
                 if file is not None:
                     write_trace(file, traced)
             self._traced[key] = traced

@@ -12,8 +12,10 @@ from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
 from qmemtune.data.prepare import prepare_data
+from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.memory.estimate import RunMemory, Workload, mib
 from qmemtune.engine.memory.fit import capacity, suggestions
+from qmemtune.engine.steps import count_steps
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import pick_device
 from qmemtune.models.loading import load_tokenizer
@@ -45,7 +47,7 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
         )
     here = pick_device()
     device = here if device_name == "auto" else torch.device(device_name)
-    workload, notes = largest_workload(config)
+    workload, notes = largest_workload(config, BatchForm.of(config, device))
     if device.type == "cuda" and here.type != "cuda" and config.model.compute_dtype == "auto":
         config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
     memory = RunMemory(config, device, weights=False)
@@ -65,13 +67,15 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
     }
 
 
-def largest_workload(config: Config) -> tuple[Workload, list[str]]:
+def largest_workload(config: Config, form: BatchForm) -> tuple[Workload, list[str]]:
     """The largest batch of a run, by its rows if they are at hand; and what to say if they are not."""
     long = f"rows are taken to be as long as data.max_length={config.data.max_length}, all in the loss"
     if config.data.path == MISSING and not config.data.sources:
-        return Workload.of(config), [f"no data are given: {long}"]
+        return Workload.of(config, form), [f"no data are given: {long}"]
     try:
         rows = prepare_data(config.data, load_tokenizer(config.model)).train
     except UserError as error:
-        return Workload.of(config), [f"the rows cannot be read ({error.findings[0].problem}): {long}"]
-    return Workload.of(config, PackedRows(rows, config.data.max_length) if config.trainer.packing else rows), []
+        return Workload.of(config, form), [f"the rows cannot be read ({error.findings[0].problem}): {long}"]
+    made = PackedRows(rows, config.data.max_length) if form.packed else rows
+    steps = count_steps(len(made), config.trainer, config.optimizer, world_size=1)
+    return Workload.of(config, form, made, epochs=steps.total / steps.per_epoch), []

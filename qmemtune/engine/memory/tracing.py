@@ -27,7 +27,7 @@ from qmemtune.adapters.queryable import memory_of
 from qmemtune.data.rows import IGNORED
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.loss import frozen_head_loss
-from qmemtune.models.attention import short_rows_on_cpu
+from qmemtune.models.attention import Row, mask_of_rows, training_attention
 from qmemtune.models.hardware import autocast
 from qmemtune.models.head import decoder_of, transform_candidates
 
@@ -180,7 +180,7 @@ class Tracer:
                     if buffer is not None:
                         module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CPU)
 
-    def step(self, rows: int, tokens: int, labelled: int, *, checkpointing: bool) -> Traced:
+    def step(self, rows: int, tokens: int, labelled: int, *, checkpointing: bool, padding_free: bool = False) -> Traced:
         """Trace one step.
 
         Args:
@@ -188,17 +188,18 @@ class Tracer:
             tokens: T.
             labelled: N, at least 1.
             checkpointing: recompute activations in the backward pass.
+            padding_free: rows stand one behind the other.
         """
         decoder = decoder_of(self.lm)
         found = _decoder_layers(decoder)
         if found is None or len(found[1]) <= 3 * self.unit:
-            return self._step(rows, tokens, labelled, checkpointing)
+            return self._step(rows, tokens, labelled, checkpointing, padding_free)
         # Layers are alike: short models say what one more layer adds, and one more block, in a fraction of the time.
         name, every = found
 
         def of_layers(*indices: int) -> Traced:
             setattr(decoder, name, nn.ModuleList([every[i] for i in indices]))
-            return self._step(rows, tokens, labelled, checkpointing)
+            return self._step(rows, tokens, labelled, checkpointing, padding_free)
 
         try:
             two, three = of_layers(0, 1), of_layers(0, 1, 2)
@@ -210,23 +211,34 @@ class Tracer:
             setattr(decoder, name, every)
         return traced
 
-    def _step(self, rows: int, tokens: int, labelled: int, checkpointing: bool) -> Traced:
+    def _step(self, rows: int, tokens: int, labelled: int, checkpointing: bool, padding_free: bool) -> Traced:
         decoder, head = decoder_of(self.lm), self.lm.get_output_embeddings()
         transform = transform_candidates(self.lm)[-1]
-        attention = short_rows_on_cpu() if self.on_cpu else nullcontext()
+        attention = training_attention() if self.on_cpu or padding_free else nullcontext()
         fused = fused_on_cpu(self.model) if self.fused else nullcontext()
-        with self.mode, attention, fused, self._checkpointed(checkpointing), self._instructed(rows):
-            # Every row as long as the longest, with a mask: what a batch takes at most.
-            ids = torch.empty((rows, tokens), dtype=torch.long)
-            mask = torch.empty((rows, 1, tokens, tokens), dtype=torch.bool)
+        with self.mode, attention, fused, self._checkpointed(checkpointing):
+            if padding_free:
+                ids = torch.empty((1, rows * tokens), dtype=torch.long)
+                mask = mask_of_rows([Row(tokens)] * rows, CPU)
+            else:
+                # Every row as long as the longest, with a mask: what a batch takes at most.
+                ids = torch.empty((rows, tokens), dtype=torch.long)
+                mask = torch.empty((rows, 1, tokens, tokens), dtype=torch.bool)
+            positions = torch.empty_like(ids) if padding_free else None
             targets = torch.empty(labelled, dtype=torch.long)
             there = [ids, mask, targets, *self.model.parameters(), *self.model.buffers()]
             counter = LiveBytes(there)
             try:
                 with counter:
                     # Routes of whole rows take what they take, whatever is prompt.
-                    with self._autocast(), prompts_of(self.model, ids, IGNORED):
-                        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)[0]
+                    with self._autocast(), prompts_of(self.model, ids, IGNORED), self._instructed(rows, positions):
+                        hidden = decoder(
+                            input_ids=ids,
+                            attention_mask=mask,
+                            position_ids=positions,
+                            use_cache=False,
+                            return_dict=True,
+                        )[0]
                         activations, in_heap, forward = counter.live, counter.live_in_heap, counter.take_peak()
                         chosen = hidden.flatten(0, 1)[:labelled]
                         total = frozen_head_loss(chosen, targets, head, transform)
@@ -239,13 +251,16 @@ class Tracer:
                     parameter.grad = None
         return Traced(activations, in_heap, forward, loss, backward)
 
-    def _instructed(self, rows: int) -> AbstractContextManager[Any]:
-        """Where there is an instruction prior, every row with an instruction, as a batch has at most."""
+    def _instructed(self, rows: int, numbers: Tensor | None) -> AbstractContextManager[Any]:
+        """Where there is an instruction prior, every row with an instruction, as a batch has at most.
+
+        ``numbers``, (1, T), says which row a token is of where they stand one behind the other.
+        """
         memory = memory_of(self.model)
         if memory is None:
             return nullcontext()
         widths = {name: config.prior_dim for name, config in memory.configs.items() if config.has_prior}
-        return memory.instructed({name: torch.empty(rows, width) for name, width in widths.items() if width})
+        return memory.instructed({name: torch.empty(rows, width) for name, width in widths.items() if width}, numbers)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # float16 does not train on a CPU, and takes what bfloat16 takes.

@@ -1,0 +1,321 @@
+"""Rows in one sequence, packed or one behind the other, train like rows alone: logits, routes, loss and gradients;
+models that cannot keep them apart; runs that began with padded rows."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from qmemtune.adapters import apply_adapter
+from qmemtune.adapters.queryable import memory_of
+from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.config.compose import compose
+from qmemtune.data.collate import Collator
+from qmemtune.data.packing import PackCollator, PaddingFreeCollator
+from qmemtune.engine import batching, made_with
+from qmemtune.engine.batching import check_rows_stay_apart
+from qmemtune.engine.loss import LabelledLoss
+from qmemtune.engine.manifest import MANIFEST, digest, sha256
+from qmemtune.engine.plan import plan
+from qmemtune.engine.run import train
+from qmemtune.errors import UserError
+from qmemtune.models.attention import rows_of, training_attention
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+MEMORY = {"r": 4, "num_atoms": 4, "key_dim": 4, "block_size": 1}
+ADAPTERS = {
+    "lora": LoraConfig(r=4),
+    "queryable": QueryableConfig(**MEMORY),
+    "prior": QueryableConfig(**MEMORY, instruction_prior=1.0),
+}
+
+
+def adapted(kind: str, config=None, kernel: str = "sdpa") -> torch.nn.Module:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config or LlamaConfig(**SMALL), attn_implementation=kernel).float()
+    model = apply_adapter(base.requires_grad_(False), copy.deepcopy(ADAPTERS[kind]), seed=0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.train()
+
+
+def some_rows() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number, length in enumerate((5, 9, 3, 12, 7)):
+        ids = torch.randint(1, 96, (length,), generator=generator).tolist()
+        row = {"input_ids": ids, "labels": [-100, -100, *ids[2:]], "position_ids": list(range(length))}
+        # One row without an instruction, two with the same one.
+        rows.append(row | {"instruction": ["", "a", "b", "a", "c"][number]})
+    return rows
+
+
+def in_two_packs(rows) -> list[dict]:
+    packs = [{key: [x for i in pack for x in rows[i][key]] for key in rows[0]} for pack in ((0, 1, 2), (3, 4))]
+    for pack, numbers in zip(packs, ((0, 1, 2), (3, 4)), strict=True):
+        pack["instruction"] = [rows[i]["instruction"] for i in numbers]
+    return packs
+
+
+def embedded(texts) -> torch.Tensor:
+    known = dict(zip("abc", F.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(1))), strict=True))
+    return torch.stack([known.get(text, torch.zeros(32)) for text in texts])
+
+
+def loss_and_gradients(model, batch):
+    inputs = dict(batch)
+    texts, rows = inputs.pop("instruction"), inputs.pop("instruction_row", None)
+    lengths = inputs.pop("row_lengths", None)
+    inputs.pop("origin", None)
+    if "position_ids" in inputs:
+        inputs.pop("attention_mask")
+    model.zero_grad()
+    memory, labelled = memory_of(model), LabelledLoss(model)
+    prior = memory.instructed(embedded(texts), rows) if memory else nullcontext()
+    with prior, rows_of(lengths), labelled.installed():
+        loss, _ = model(**inputs)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_loss_and_gradients_of_packed_rows_are_those_of_rows_alone(kind, kernel):
+    model, rows = adapted(kind, kernel=kernel), some_rows()
+    loss, gradients = loss_and_gradients(model, Collator(0)(rows))
+    packed_loss, packed_gradients = loss_and_gradients(model, PackCollator(0)(in_two_packs(rows)))
+    torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == packed_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture
+def masks(monkeypatch) -> list:
+    """The mask of each call of torch's attention."""
+    seen, real = [], F.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        seen.append(attn_mask)
+        return real(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_loss_and_gradients_of_rows_without_padding_are_those_of_rows_alone(kind, checkpointing, masks):
+    model, rows = adapted(kind), some_rows()
+    loss, gradients = loss_and_gradients(model, Collator(0)(rows))
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    without_positions = [{name: row[name] for name in ("input_ids", "labels", "instruction")} for row in rows]
+    for given in (without_positions, in_two_packs(rows)):
+        batch = PaddingFreeCollator(0)(given)
+        assert batch["row_lengths"] == [5, 9, 3, 12, 7]
+        assert batch["input_ids"].shape == (1, 36)
+        masks.clear()
+        with training_attention():
+            joined_loss, joined_gradients = loss_and_gradients(model, batch)
+        # Each row has a call of its own, and needs no mask for it.
+        assert len(masks) >= 5 * 3
+        assert set(masks) == {None}
+        torch.testing.assert_close(joined_loss, loss, rtol=1e-5, atol=1e-5)
+        assert gradients.keys() == joined_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(joined_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+WINDOW = {"sliding_window": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (MistralConfig(**SMALL, **WINDOW), torch.float32),
+        (
+            Qwen2Config(
+                **SMALL, **WINDOW, use_sliding_window=True,
+                layer_types=["full_attention", "sliding_attention", "full_attention"],
+            ),
+            torch.float32,
+        ),
+        (Gemma3TextConfig(**SMALL, **WINDOW, head_dim=8), torch.float32),
+        (
+            GPT2Config(
+                vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64,
+                attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+            ),
+            torch.float32,
+        ),
+        (LlamaConfig(**SMALL), torch.bfloat16),
+        (MistralConfig(**SMALL, **WINDOW), torch.bfloat16),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)  # fmt: skip
+def test_rows_without_padding_keep_their_windows_and_positions(config, dtype):
+    model, rows = adapted("lora", config).to(dtype), some_rows()
+    batch = PaddingFreeCollator(0)([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    alone = [model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0] for row in rows]
+    with training_attention(), rows_of(batch["row_lengths"]):
+        joined = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+    near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(joined, torch.cat(alone), **near)
+
+
+def test_nothing_is_kept_apart_after_the_pass():
+    model, rows = adapted("lora"), some_rows()
+    ids = torch.tensor([rows[3]["input_ids"]])
+    plain = model(input_ids=ids).logits
+    with training_attention():
+        with pytest.raises(ZeroDivisionError), rows_of([5, 7]):
+            raise ZeroDivisionError
+        assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+def test_routes_of_packed_rows_are_those_of_rows_alone():
+    model, rows = adapted("queryable").eval(), some_rows()
+    memory = memory_of(model)
+    seen: list[torch.Tensor] = []
+    memory.observer = lambda adapter, block, route, mask: seen.append(route)
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row["input_ids"]]))
+        blocks = len(seen) // len(rows)
+        alone = [torch.cat([route[0] for route in seen[block::blocks]]) for block in range(blocks)]
+        seen.clear()
+        batch = PackCollator(0)(in_two_packs(rows))
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    real = batch["attention_mask"].bool()
+    assert blocks == 3
+    for block, route in enumerate(seen):
+        torch.testing.assert_close(route[real], alone[block], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SMALL), Qwen2Config(**SMALL), MistralConfig(**SMALL)])
+def test_the_check_passes_where_rows_stay_apart(config):
+    model = adapted("lora", config)
+    training = [module.training for module in model.modules()]
+    check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32)
+    check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.bfloat16)
+    assert [module.training for module in model.modules()] == training
+
+
+def test_a_model_that_lets_rows_see_each_other_is_refused(monkeypatch):
+    model = adapted("lora", kernel="eager")
+    base = model.get_base_model()
+    forward = base.forward
+    monkeypatch.setattr(base, "forward", lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs))
+    with pytest.raises(UserError, match="does not keep rows of one sequence apart"):
+        check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "more"),
+    [("lora", []), ("queryable", []), ("queryable", ["adapter.instruction_prior=1", "adapter.prior_kl=0.1"])],
+)
+def test_a_run_with_packed_rows(composed, recorder, adapter, more):
+    progress = recorder()
+    overrides = ("trainer.packing=true", "data.max_length=200", "trainer.per_device_train_batch_size=1")
+    config = composed(*overrides, *more, adapter=adapter)
+    planned = plan(config)
+    summary = train(config, progress=progress)
+    assert summary["steps"] == 4
+    assert summary["train_loss"] > 0
+    (line,) = [text for text in progress.messages if text.startswith("batches:")]
+    assert f"packed into {planned['rows']:,} sequences of up to 200 tokens" in line
+
+
+def test_routes_of_whole_rows_cannot_be_in_one_sequence():
+    for option in ("packing", "padding_free"):
+        with pytest.raises(UserError, match="whole row"):
+            compose(["recipe=quickstart", f"trainer.{option}=true", "adapter.granularity=row"])
+
+
+def batches_line(progress) -> str:
+    (line,) = [text for text in progress.messages if text.startswith("batches:")]
+    return line
+
+
+def test_a_run_on_a_cpu_has_no_padding_and_rows_at_random(composed, recorder):
+    progress = recorder()
+    free = train(composed(), progress=progress)
+    assert batches_line(progress) == "batches: rows at random, one behind the other; no padding"
+    padded = train(composed("trainer.padding_free=false", "trainer.length_grouping=false", run="padded"))
+    assert free["tokens"] == padded["tokens"]
+    # Adam makes much of gradients near zero, in which rounding differs.
+    assert free["eval"]["loss"] == pytest.approx(padded["eval"]["loss"], abs=5e-3)
+
+
+def test_a_model_that_mixes_rows_gets_padded_ones_unless_told_otherwise(composed, recorder, monkeypatch):
+    def mixed(*args, **kwargs):
+        raise UserError("its attention is another", where="trainer.padding_free")
+
+    monkeypatch.setattr(batching, "check_rows_stay_apart", mixed)
+    progress = recorder()
+    train(composed(), progress=progress)
+    assert batches_line(progress).startswith("batches: rows of like length together; ")
+    assert "rows are padded: its attention is another" in progress.messages
+    for option in ("padding_free", "packing"):
+        with pytest.raises(UserError, match="its attention is another"):
+            train(composed(f"trainer.{option}=true", "data.max_length=200", run=option))
+
+
+def test_a_run_that_began_with_padded_rows_goes_on_with_them(composed, recorder, adapter_bytes):
+    whole = train(composed(*PADDED, *LONG, run="whole"))
+    path = whole_run_before(composed, "half")
+    facts = json.loads((path / made_with.FILE).read_text())
+    # As it was before there was a choice: on, and nothing about padding.
+    facts["config"] |= {"trainer.length_grouping": True}
+    del facts["config"]["trainer.padding_free"], facts["batches"]
+    rewritten(path, made_with.FILE, json.dumps(facts))
+    progress = recorder()
+    resumed = train(composed(*LONG, "resume=auto", run="half"), progress=progress)
+    assert "like length" in batches_line(progress)
+    assert adapter_bytes(Path(resumed["adapter"])) == adapter_bytes(Path(whole["adapter"]))
+
+
+LONG = ("trainer.max_steps=4", "trainer.save_steps=2", "evaluation.at_end=false")
+PADDED = ("trainer.padding_free=false", "trainer.length_grouping=true")
+
+
+def whole_run_before(composed, name: str) -> Path:
+    """The checkpoint in the middle of a run with padded rows, the last one there is."""
+    run = Path(train(composed(*PADDED, *LONG, run=name))["run_dir"])
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    return run / "checkpoints" / "checkpoint-2"
+
+
+def rewritten(checkpoint: Path, name: str, text: str) -> None:
+    """Change one file of a checkpoint, which then says so itself."""
+    (checkpoint / name).write_text(text)
+    manifest = checkpoint / MANIFEST
+    facts = json.loads(manifest.read_text())
+    del facts["digest"]
+    facts["files"][name] = {"size": len(text), "sha256": sha256(checkpoint / name)}
+    manifest.write_text(json.dumps({**facts, "digest": digest(facts)}))
