@@ -32,6 +32,7 @@ import torch
 from report import spread, write_section
 from shapes import SHAPES, base_folder
 
+from qmemtune.engine.sampler import SPREAD
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.models.sources import resolve
 from qmemtune.study.tables import table
@@ -51,7 +52,8 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str, seed:
             sys.executable, str(Path(__file__).parent / "peers" / "trl_sft.py"), "--model", base,
             "--train", args.train, "--eval", args.eval, "--steps", str(args.steps), "--batch", str(args.batch),
             "--rank", str(args.rank), "--learning-rate", str(LEARNING_RATE), "--max-length", str(args.sequence),
-            "--quantization", quantization, "--mode", PEERS[name], "--seed", str(seed),
+            # TRL's order of rows has the seed as it is, ours spread out: so both see a round's rows in one order.
+            "--quantization", quantization, "--mode", PEERS[name], "--seed", str(seed * SPREAD),
             "--dtype", args.dtype, *(["--checkpointing"] if args.checkpointing else []),
             *(["--compile"] if args.compile else []),
         ]  # fmt: skip

@@ -46,8 +46,8 @@ class TrainerConfig:
     """Use the reentrant variant; not possible with the queryable memory."""
     padding_free: bool | None = None
     """Put the rows of a batch one behind the other, kept apart in attention, positions, routes and loss, so that
-    nothing is padded and batches can be of rows at random. If not set: on a CPU, where the model's attention allows
-    it; not with routes of whole rows, nor with trainer.compile."""
+    nothing is padded and batches can be of rows at random. If not set: on a CPU, where the model's attention goes row
+    by row; not with routes of whole rows, nor with trainer.compile."""
     length_grouping: bool | None = None
     """Put rows of like length into one batch, so that little is padded. If not set: where rows are padded."""
     packing: bool = False

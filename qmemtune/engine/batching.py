@@ -23,10 +23,11 @@ from qmemtune.engine.compiling import has_training_attention
 from qmemtune.engine.made_with import was_padding_free
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.sampler import SeededRandomSampler
-from qmemtune.errors import UserError
+from qmemtune.errors import UserError, first_line
 from qmemtune.evaluation.guard import undisturbed
-from qmemtune.models.attention import rows_of, training_attention
+from qmemtune.models.attention import KERNEL, rows_of, training_attention
 from qmemtune.models.hardware import autocast
+from qmemtune.models.head import decoder_of
 
 APART = 0.05
 """Largest distance of a packed row's logits from those of the row alone, as a share of what a leak would make of it."""
@@ -44,13 +45,21 @@ class BatchForm:
     """Rows of like length in one batch; otherwise at random."""
 
     @classmethod
-    def of(cls, config: Config, device: torch.device, checkpoint: Checkpoint | None = None) -> BatchForm:
+    def of(
+        cls,
+        config: Config,
+        device: torch.device,
+        *,
+        base: nn.Module | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> BatchForm:
         """What a config comes to.
 
         Args:
             config: the run.
             device: where it trains.
-            checkpoint: where it goes on from: a run keeps the form in which it began.
+            base: the base model, with or without its weights; one with transformers' ``sdpa`` attention if not given.
+            checkpoint: where the run goes on from: it keeps the form in which it began.
         """
         trainer, adapter = config.trainer, config.adapter
         padding_free = trainer.padding_free
@@ -59,8 +68,10 @@ class BatchForm:
         elif padding_free is None and checkpoint is not None:
             padding_free = was_padding_free(checkpoint)
         elif padding_free is None:
-            by_row = isinstance(adapter, QueryableConfig) and adapter.granularity == "row"
-            padding_free = device.type == "cpu" and has_training_attention(config) and not by_row
+            # Any other attention would compare all tokens of a batch with each other.
+            row_by_row = has_training_attention(config) and (base is None or attention_of(base) == KERNEL)
+            whole_routes = isinstance(adapter, QueryableConfig) and adapter.granularity == "row"
+            padding_free = device.type == "cpu" and row_by_row and not whole_routes
         return cls.with_padding(config, padding_free=padding_free)
 
     @classmethod
@@ -72,6 +83,12 @@ class BatchForm:
     def settings(self) -> dict[str, bool]:
         """By the options' names, for :func:`qmemtune.engine.made_with.made_with`."""
         return {f"trainer.{name}": getattr(self, name) for name in ("padding_free", "length_grouping")}
+
+
+def attention_of(base: nn.Module) -> str | None:
+    """transformers' name for the attention of a language model."""
+    name: str | None = getattr(getattr(decoder_of(base), "config", None), "_attn_implementation", None)
+    return name
 
 
 class Batching:
@@ -140,7 +157,7 @@ def check_rows_stay_apart(
         own_attention: whether training runs with :func:`training_attention`.
 
     Raises:
-        UserError: it does not, or takes no positions.
+        UserError: it does not, or takes no such sequence.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = torch.arange(13).mul(7919).remainder(vocabulary).unsqueeze(0).to(device)
@@ -158,8 +175,9 @@ def check_rows_stay_apart(
             with training_attention() if own_attention else nullcontext(), rows_of([6, 7]):
                 packed = logits(input_ids=ids, position_ids=positions)
             joined = logits(input_ids=ids)
-    except TypeError as error:
-        raise UserError(f"this model takes no positions: {error}", where=key, fix=fix) from error
+    except Exception as error:
+        problem = f"this model takes no rows in one sequence: {type(error).__name__}: {first_line(error)}"
+        raise UserError(problem, where=key, fix=fix) from error
     distance, leak = (packed - alone)[:, 6:].norm(), (joined - alone)[:, 6:].norm()
     if distance > APART * leak + 1e-4 * alone.norm():
         raise UserError(

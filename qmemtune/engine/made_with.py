@@ -114,8 +114,8 @@ def save(facts: dict[str, Any], folder: Path) -> None:
 
 def batches_of(then: dict[str, Any]) -> dict[str, bool]:
     """What :data:`BATCHES` came to, by :func:`made_with` of a run; all rows were padded before it said so."""
-    padded = {"trainer.padding_free": False, "trainer.length_grouping": then["config"]["trainer.length_grouping"]}
-    batches: dict[str, bool] = then.get("batches", padded)
+    grouping = then["config"].get("trainer.length_grouping", True)
+    batches: dict[str, bool] = then.get("batches", dict(zip(BATCHES, (False, grouping), strict=True)))
     return batches
 
 

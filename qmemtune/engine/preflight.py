@@ -123,7 +123,7 @@ def preflight(
         found.attempt(lambda: refuse_second_quantization(config.model.path, own, config.quantization))
         model = found.attempt(lambda: adapted_skeleton(config, base))
     world_size = 1 if args is None else args.world_size
-    form = BatchForm.of(config, device, opened.checkpoint if opened is not None else None)
+    form = BatchForm.of(config, device, base=base, checkpoint=None if opened is None else opened.checkpoint)
     steps = None
     if rows is not None:
         steps = count_steps(len(rows.train), config.trainer, config.optimizer, world_size=world_size)

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+SPREAD = 1_000_003
+"""Between the seeds of two orders: neighbouring seeds and epochs of runs must not share orders."""
+
 
 class SeededRandomSampler(Sampler[int]):
     """A random order for each epoch that depends on the seed and the epoch only, not on the global random state.
@@ -30,6 +33,5 @@ class SeededRandomSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator()
-        # Spread out: neighbouring seeds and epochs must not share orders.
-        generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator.manual_seed(self.seed * SPREAD + self.epoch)
         yield from torch.randperm(self.length, generator=generator).tolist()

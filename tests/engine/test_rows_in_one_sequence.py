@@ -28,7 +28,7 @@ from qmemtune.config.compose import compose
 from qmemtune.data.collate import Collator
 from qmemtune.data.packing import PackCollator, PaddingFreeCollator
 from qmemtune.engine import batching, made_with
-from qmemtune.engine.batching import check_rows_stay_apart
+from qmemtune.engine.batching import BatchForm, check_rows_stay_apart
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.engine.manifest import MANIFEST, digest, sha256
 from qmemtune.engine.plan import plan
@@ -235,6 +235,23 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(monkeypatch):
         check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32)
 
 
+def test_a_model_that_takes_no_such_sequence_is_refused(monkeypatch):
+    model = adapted("lora")
+    base = model.get_base_model()
+    forward = base.forward
+
+    def without_positions(*args, position_ids=None, **kwargs):
+        if position_ids is not None:
+            raise NotImplementedError("no positions\nhere")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(base, "forward", without_positions)
+    with pytest.raises(UserError) as error:
+        check_rows_stay_apart(model, "trainer.padding_free", torch.device("cpu"), torch.float32)
+    problem = "this model takes no rows in one sequence: NotImplementedError: no positions"
+    assert error.value.findings[0].problem == problem
+
+
 @pytest.mark.parametrize(
     ("adapter", "more"),
     [("lora", []), ("queryable", []), ("queryable", ["adapter.instruction_prior=1", "adapter.prior_kl=0.1"])],
@@ -257,6 +274,28 @@ def test_routes_of_whole_rows_cannot_be_in_one_sequence():
             compose(["recipe=quickstart", f"trainer.{option}=true", "adapter.granularity=row"])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "device", "overrides", "free"),
+    [
+        ("sdpa", "cpu", (), True),
+        ("eager", "cpu", (), False),
+        ("sdpa", "cuda", (), False),
+        ("sdpa", "cuda", ("trainer.padding_free=true",), True),
+        ("sdpa", "cpu", ("trainer.compile=true",), False),
+        ("sdpa", "cpu", ("model.attn_implementation=sdpa",), False),
+    ],
+)
+def test_rows_are_padded_where_nothing_else_is_known_to_be_faster(composed, kernel, device, overrides, free):
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), attn_implementation=kernel)
+    form = BatchForm.of(composed(*overrides).config, torch.device(device), base=base)
+    assert (form.padding_free, form.length_grouping) == (free, not free)
+
+
+def test_routes_of_whole_rows_have_padded_rows(composed):
+    config = composed("adapter.granularity=row", "evaluation.exact_match.enabled=false", adapter="queryable").config
+    assert not BatchForm.of(config, torch.device("cpu")).padding_free
+
+
 def batches_line(progress) -> str:
     (line,) = [text for text in progress.messages if text.startswith("batches:")]
     return line
@@ -264,9 +303,10 @@ def batches_line(progress) -> str:
 
 def test_a_run_on_a_cpu_has_no_padding_and_rows_at_random(composed, recorder):
     progress = recorder()
-    free = train(composed(), progress=progress)
+    free = train(composed("adapter.dropout=0"), progress=progress)
     assert batches_line(progress) == "batches: rows at random, one behind the other; no padding"
-    padded = train(composed("trainer.padding_free=false", "trainer.length_grouping=false", run="padded"))
+    padded_at_random = ("trainer.padding_free=false", "trainer.length_grouping=false")
+    padded = train(composed("adapter.dropout=0", *padded_at_random, run="padded"))
     assert free["tokens"] == padded["tokens"]
     # Adam makes much of gradients near zero, in which rounding differs.
     assert free["eval"]["loss"] == pytest.approx(padded["eval"]["loss"], abs=5e-3)

@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 
 from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
@@ -88,17 +88,12 @@ class Workload:
         tokens = config.data.max_length if made is None else max(made.lengths)
         labelled = rows * tokens
         if made is not None:
-            in_loss = made.loss_lengths
-            labelled = sum(sorted(in_loss, reverse=True)[:rows])
+            labelled = sum(sorted(made.loss_lengths, reverse=True)[:rows])
             if form.padding_free:
-                # The order is known, and with it what comes together; more epochs find little more.
-                order = row_order(made.lengths, config, form, world_size)
-                most = np.zeros(2, dtype=np.int64)
-                for epoch in range(min(math.ceil(epochs), MOST_EPOCHS)):
-                    order.set_epoch(epoch)  # type: ignore[attr-defined]
-                    found = [[b.sum() for b in batches_of_epoch(n, order, rows)] for n in (made.lengths, in_loss)]
-                    most = np.maximum(most, np.max(found, axis=1))
-                tokens, labelled = -(-int(most[0]) // rows), int(most[1])
+                tokens, labelled = largest_batches(
+                    made, row_order(made.lengths, config, form, world_size), rows, epochs
+                )
+                tokens = -(-tokens // rows)
         return cls(
             rows=rows,
             tokens=tokens,
@@ -121,6 +116,23 @@ class Workload:
         """The same rows, cut to fewer tokens."""
         tokens = min(tokens, self.tokens)
         return replace(self, tokens=tokens, labelled=max(self.labelled * tokens // self.tokens, 1))
+
+
+def largest_batches(made: TokenRows | PackedRows, order: Sampler[int], rows: int, epochs: float) -> tuple[int, int]:
+    """Most tokens, and most tokens in the loss, that rows of one batch have together; their order is known.
+
+    Args:
+        made: training rows as batches see them.
+        order: of them, by epoch.
+        rows: of a batch.
+        epochs: passes over the rows; after a few, more of them find little more.
+    """
+    sizes, most = (made.lengths, made.loss_lengths), [0, 0]
+    for epoch in range(min(math.ceil(epochs), MOST_EPOCHS)):
+        order.set_epoch(epoch)  # type: ignore[attr-defined]
+        for i, of_rows in enumerate(sizes):
+            most[i] = max(most[i], *(int(batch.sum()) for batch in batches_of_epoch(of_rows, order, rows)))
+    return most[0], most[1]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from qmemtune.data.prepare import prepare_data
 from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.memory.estimate import RunMemory, Workload, mib
 from qmemtune.engine.memory.fit import capacity, suggestions
+from qmemtune.engine.memory.skeleton import base_skeleton
 from qmemtune.engine.steps import count_steps
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import pick_device
@@ -47,7 +48,7 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
         )
     here = pick_device()
     device = here if device_name == "auto" else torch.device(device_name)
-    workload, notes = largest_workload(config, BatchForm.of(config, device))
+    workload, notes = largest_workload(config, BatchForm.of(config, device, base=base_skeleton(config, weights=False)))
     if device.type == "cuda" and here.type != "cuda" and config.model.compute_dtype == "auto":
         config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
     memory = RunMemory(config, device, weights=False)

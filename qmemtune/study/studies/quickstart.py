@@ -36,5 +36,5 @@ STUDY = dataclasses.replace(
     learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     grid_settings=("r4",),
     grid_variants=OWN,
-    grid_seeds=(0,),
+    grid_seeds=(0, 1),
 )
