@@ -24,6 +24,7 @@ from report import write_section
 from qmemtune.adapters import apply_adapter
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
 from qmemtune.config.schema import Config, DataConfig, ModelConfig, QuantizationConfig, TrainerConfig
+from qmemtune.data.collate import model_inputs
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.rows import TokenRows
 from qmemtune.engine.batching import BatchForm, Batching, padding_share, row_order
@@ -79,8 +80,7 @@ def main() -> None:
     loss_of = LabelledLoss(model)
 
     def step(batch: dict[str, Any]) -> float:
-        names = ("input_ids", "labels", "position_ids" if "position_ids" in batch else "attention_mask")
-        inputs = {name: batch[name].to(device) for name in names}
+        inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
         start = time.perf_counter()
         with autocast(device, dtype), rows_of(batch.get("row_lengths")), loss_of.installed():
             loss, _ = model(**inputs)

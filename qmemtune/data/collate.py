@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,3 +43,10 @@ class Collator:
             "instruction": [row.get("instruction", "") for row in rows],
             "origin": [row.get("origin", "") for row in rows],
         }
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model takes of a training batch: tokens, labels, and either what is real or, of several rows in a
+    sequence, positions; a mask would tell transformers that each sequence is one row."""
+    places = "position_ids" if "position_ids" in batch else "attention_mask"
+    return {name: batch[name] for name in ("input_ids", "labels", places)}

@@ -20,7 +20,7 @@ from qmemtune.data.packing import PackCollator, PackedRows, PaddingFreeCollator
 from qmemtune.data.rows import TokenRows
 from qmemtune.data.sampler import LengthGroupedSampler
 from qmemtune.engine.compiling import has_training_attention
-from qmemtune.engine.made_with import was_padding_free
+from qmemtune.engine.made_with import BATCHES, was_padding_free
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.sampler import SeededRandomSampler
 from qmemtune.errors import UserError, first_line
@@ -82,7 +82,7 @@ class BatchForm:
 
     def settings(self) -> dict[str, bool]:
         """By the options' names, for :func:`qmemtune.engine.made_with.made_with`."""
-        return {f"trainer.{name}": getattr(self, name) for name in ("padding_free", "length_grouping")}
+        return {key: getattr(self, key.removeprefix("trainer.")) for key in BATCHES}
 
 
 def attention_of(base: nn.Module) -> str | None:

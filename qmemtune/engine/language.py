@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from qmemtune.adapters import InstructionSource, auxiliary_loss, prompts_of
 from qmemtune.config.schema import Config
+from qmemtune.data.collate import model_inputs
 from qmemtune.data.prepared import PreparedData
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import count_targets
@@ -83,16 +84,10 @@ class LanguageTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over labelled tokens."""
-        inputs = dict(batch)
-        instructions, rows = inputs.pop("instruction"), inputs.pop("instruction_row", None)
-        lengths = inputs.pop("row_lengths", None)
-        inputs.pop("origin", None)
-        if "position_ids" in inputs:
-            # Several rows in a sequence: a mask would tell transformers that each sequence is one row.
-            inputs.pop("attention_mask")
-        prompts = prompts_of(self.source.memory, inputs["labels"], IGNORED)
-        with self.source.context(instructions, rows), prompts, rows_of(lengths), self.labelled_loss.installed():
-            loss_sum, auxiliary = model(**inputs)
+        instructed = self.source.context(batch["instruction"], batch.get("instruction_row"))
+        prompts = prompts_of(self.source.memory, batch["labels"], IGNORED)
+        with instructed, prompts, rows_of(batch.get("row_lengths")), self.labelled_loss.installed():
+            loss_sum, auxiliary = model(**model_inputs(batch))
         return loss_sum, auxiliary
 
     def evaluate(self, *, exact_match: bool, progress: Callable[[str, int, int], None]) -> dict[str, Any]:

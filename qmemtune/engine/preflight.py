@@ -28,10 +28,11 @@ from qmemtune.engine.compiling import check_compiler, has_fused_layers, has_trai
 from qmemtune.engine.findings import Findings
 from qmemtune.engine.folder import Opened, open_run, run_dtype
 from qmemtune.engine.made_with import check_unchanged, made_with
-from qmemtune.engine.memory.estimate import TRAINED_ITEMSIZE, RunMemory, Workload
+from qmemtune.engine.memory.estimate import TRAINED_ITEMSIZE, RunMemory
 from qmemtune.engine.memory.fit import Memory, capacity, fit_warning, size
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
 from qmemtune.engine.memory.weights import optimizer_bytes
+from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.parallel import from_first
 from qmemtune.engine.resume import check_resumable
 from qmemtune.engine.shared import Loads

@@ -25,7 +25,7 @@ from qmemtune.adapters import apply_adapter
 from qmemtune.adapters.queryable import memory_of
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
 from qmemtune.config.compose import compose
-from qmemtune.data.collate import Collator
+from qmemtune.data.collate import Collator, model_inputs
 from qmemtune.data.packing import PackCollator, PaddingFreeCollator
 from qmemtune.engine import batching, made_with
 from qmemtune.engine.batching import BatchForm, check_rows_stay_apart
@@ -87,17 +87,11 @@ def embedded(texts) -> torch.Tensor:
 
 
 def loss_and_gradients(model, batch):
-    inputs = dict(batch)
-    texts, rows = inputs.pop("instruction"), inputs.pop("instruction_row", None)
-    lengths = inputs.pop("row_lengths", None)
-    inputs.pop("origin", None)
-    if "position_ids" in inputs:
-        inputs.pop("attention_mask")
     model.zero_grad()
     memory, labelled = memory_of(model), LabelledLoss(model)
-    prior = memory.instructed(embedded(texts), rows) if memory else nullcontext()
-    with prior, rows_of(lengths), labelled.installed():
-        loss, _ = model(**inputs)
+    prior = memory.instructed(embedded(batch["instruction"]), batch.get("instruction_row")) if memory else nullcontext()
+    with prior, rows_of(batch.get("row_lengths")), labelled.installed():
+        loss, _ = model(**model_inputs(batch))
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

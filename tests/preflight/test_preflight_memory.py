@@ -19,11 +19,12 @@ from qmemtune.config.training import OptimizerConfig
 from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.language import LabelledLoss
-from qmemtune.engine.memory.estimate import RunMemory, Workload
+from qmemtune.engine.memory.estimate import RunMemory
 from qmemtune.engine.memory.exhausted import asked_bytes, explained, is_out_of_memory
 from qmemtune.engine.memory.fit import Memory, largest_batch, suggestions
 from qmemtune.engine.memory.report import largest_workload
 from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
+from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
 from qmemtune.models.loading import load_base

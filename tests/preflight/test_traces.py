@@ -7,8 +7,9 @@ import torch
 
 from qmemtune.config.compose import compose
 from qmemtune.engine.memory import traces
-from qmemtune.engine.memory.estimate import RunMemory, Workload
+from qmemtune.engine.memory.estimate import RunMemory
 from qmemtune.engine.memory.tracing import Tracer
+from qmemtune.engine.memory.workload import Workload
 from qmemtune.models.hardware import bf16_is_fast
 from qmemtune.rundir import cache_root
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,18 +9,15 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from torch.utils.data import Sampler
 
 from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.schema import Config
-from qmemtune.data.packing import PackedRows
-from qmemtune.data.rows import TokenRows
-from qmemtune.engine.batching import BatchForm, batches_of_epoch, row_order
 from qmemtune.engine.compiling import has_fused_layers, has_training_attention
 from qmemtune.engine.memory.skeleton import adapted_skeleton, base_skeleton
 from qmemtune.engine.memory.traces import read_trace, trace_file, write_trace
 from qmemtune.engine.memory.tracing import Traced, Tracer
 from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
+from qmemtune.engine.memory.workload import Workload
 from qmemtune.models.dequantized import copies_fit
 from qmemtune.models.fingerprint import NOT_COUNTED
 from qmemtune.models.hardware import compute_dtype
@@ -44,95 +40,8 @@ quantises. Fitted to two configurations of benchmarks/memory.py; it differs from
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 """Environment variable: from so many bytes on glibc gives memory back as soon as it is freed."""
 SMALL_THRESHOLD = 2**20
-MOST_EPOCHS = 5
-"""Epochs whose batches are looked at for the largest."""
 TRAINED_ITEMSIZE = 4
 """Adapter weights and their gradients are float32, in memory and in files."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The largest batch of a run."""
-
-    rows: int
-    tokens: int
-    """Of its longest row; without padding, of its rows on average."""
-    labelled: int
-    """Tokens in the loss."""
-    accumulation: int = 1
-    """Batches in one optimizer step."""
-    checkpointing: bool = False
-    padding_free: bool = False
-    """Whether rows stand one behind the other."""
-
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        form: BatchForm,
-        made: TokenRows | PackedRows | None = None,
-        *,
-        epochs: float = 1.0,
-        world_size: int = 1,
-    ) -> Workload:
-        """That of a config.
-
-        Args:
-            config: the run.
-            form: of its batches.
-            made: its training rows as batches see them; all rows have data.max_length tokens if there are none.
-            epochs: passes over them.
-            world_size: processes of the run.
-        """
-        rows = config.trainer.per_device_train_batch_size
-        tokens = config.data.max_length if made is None else max(made.lengths)
-        labelled = rows * tokens
-        if made is not None:
-            labelled = sum(sorted(made.loss_lengths, reverse=True)[:rows])
-            if form.padding_free:
-                tokens, labelled = largest_batches(
-                    made, row_order(made.lengths, config, form, world_size), rows, epochs
-                )
-                tokens = -(-tokens // rows)
-        return cls(
-            rows=rows,
-            tokens=tokens,
-            labelled=max(labelled, 1),
-            accumulation=config.trainer.gradient_accumulation_steps,
-            checkpointing=config.trainer.gradient_checkpointing,
-            padding_free=form.padding_free,
-        )
-
-    def with_rows(self, rows: int) -> Workload:
-        """The same rows, fewer or more of them, in as many a step as before where that is possible."""
-        return replace(
-            self,
-            rows=rows,
-            labelled=max(self.labelled * rows // self.rows, 1),
-            accumulation=max(round(self.rows * self.accumulation / rows), 1),
-        )
-
-    def with_tokens(self, tokens: int) -> Workload:
-        """The same rows, cut to fewer tokens."""
-        tokens = min(tokens, self.tokens)
-        return replace(self, tokens=tokens, labelled=max(self.labelled * tokens // self.tokens, 1))
-
-
-def largest_batches(made: TokenRows | PackedRows, order: Sampler[int], rows: int, epochs: float) -> tuple[int, int]:
-    """Most tokens, and most tokens in the loss, that rows of one batch have together; their order is known.
-
-    Args:
-        made: training rows as batches see them.
-        order: of them, by epoch.
-        rows: of a batch.
-        epochs: passes over the rows; after a few, more of them find little more.
-    """
-    sizes, most = (made.lengths, made.loss_lengths), [0, 0]
-    for epoch in range(min(math.ceil(epochs), MOST_EPOCHS)):
-        order.set_epoch(epoch)  # type: ignore[attr-defined]
-        for i, of_rows in enumerate(sizes):
-            most[i] = max(most[i], *(int(batch.sum()) for batch in batches_of_epoch(of_rows, order, rows)))
-    return most[0], most[1]
 
 
 @dataclass(frozen=True)
@@ -271,7 +180,7 @@ class RunMemory:
             "adapter": {name: value.to_dict() for name, value in self.model.peft_config.items()},
         }
         self._made: Tracer | None = None
-        self._traced: dict[tuple[int, int, int, bool, bool], Traced] = {}
+        self._traced: dict[Workload, Traced] = {}
 
     def estimate(self, workload: Workload) -> Estimate:
         """The peak with such batches."""
@@ -309,25 +218,20 @@ class RunMemory:
         )
 
     def _trace(self, workload: Workload) -> Traced:
-        key = (workload.rows, workload.tokens, workload.labelled, workload.checkpointing, workload.padding_free)
-        if key not in self._traced:
+        # How many batches are accumulated changes nothing in one of them.
+        batch = replace(workload, accumulation=1)
+        if batch not in self._traced:
             # A model's own code may change while its config does not.
-            file = None if self.config.model.trust_remote_code else trace_file({**self._key, "batch": key})
+            file = None if self.config.model.trust_remote_code else trace_file({**self._key, "batch": vars(batch)})
             traced = None if file is None else read_trace(file)
             if traced is None:
                 if self._made is None:
                     self._made = self._tracer()
-                traced = self._made.step(
-                    workload.rows,
-                    workload.tokens,
-                    workload.labelled,
-                    checkpointing=workload.checkpointing,
-                    padding_free=workload.padding_free,
-                )
+                traced = self._made.step(batch)
                 if file is not None:
                     write_trace(file, traced)
-            self._traced[key] = traced
-        return self._traced[key]
+            self._traced[batch] = traced
+        return self._traced[batch]
 
 
 def described(base: nn.Module) -> dict[str, Any]:

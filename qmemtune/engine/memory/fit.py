@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from qmemtune.config.schema import Config
-from qmemtune.engine.memory.estimate import Estimate, RunMemory, Workload, resident_bytes
+from qmemtune.engine.memory.estimate import Estimate, RunMemory, resident_bytes
+from qmemtune.engine.memory.workload import Workload
 from qmemtune.errors import UserError
 
 CGROUPS = (

@@ -13,9 +13,10 @@ from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
 from qmemtune.data.prepare import prepare_data
 from qmemtune.engine.batching import BatchForm
-from qmemtune.engine.memory.estimate import RunMemory, Workload, mib
+from qmemtune.engine.memory.estimate import RunMemory, mib
 from qmemtune.engine.memory.fit import capacity, suggestions
 from qmemtune.engine.memory.skeleton import base_skeleton
+from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.steps import count_steps
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import pick_device

@@ -27,6 +27,7 @@ from qmemtune.adapters.queryable import memory_of
 from qmemtune.data.rows import IGNORED
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.loss import frozen_head_loss
+from qmemtune.engine.memory.workload import Workload
 from qmemtune.models.attention import Row, mask_of_rows, training_attention
 from qmemtune.models.hardware import autocast
 from qmemtune.models.head import decoder_of, transform_candidates
@@ -180,26 +181,18 @@ class Tracer:
                     if buffer is not None:
                         module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CPU)
 
-    def step(self, rows: int, tokens: int, labelled: int, *, checkpointing: bool, padding_free: bool = False) -> Traced:
-        """Trace one step.
-
-        Args:
-            rows: B.
-            tokens: T.
-            labelled: N, at least 1.
-            checkpointing: recompute activations in the backward pass.
-            padding_free: rows stand one behind the other.
-        """
+    def step(self, batch: Workload) -> Traced:
+        """Trace one step."""
         decoder = decoder_of(self.lm)
         found = _decoder_layers(decoder)
         if found is None or len(found[1]) <= 3 * self.unit:
-            return self._step(rows, tokens, labelled, checkpointing, padding_free)
+            return self._step(batch)
         # Layers are alike: short models say what one more layer adds, and one more block, in a fraction of the time.
         name, every = found
 
         def of_layers(*indices: int) -> Traced:
             setattr(decoder, name, nn.ModuleList([every[i] for i in indices]))
-            return self._step(rows, tokens, labelled, checkpointing, padding_free)
+            return self._step(batch)
 
         try:
             two, three = of_layers(0, 1), of_layers(0, 1, 2)
@@ -211,27 +204,28 @@ class Tracer:
             setattr(decoder, name, every)
         return traced
 
-    def _step(self, rows: int, tokens: int, labelled: int, checkpointing: bool, padding_free: bool) -> Traced:
+    def _step(self, batch: Workload) -> Traced:
+        rows, tokens = batch.rows, batch.tokens
         decoder, head = decoder_of(self.lm), self.lm.get_output_embeddings()
         transform = transform_candidates(self.lm)[-1]
-        attention = training_attention() if self.on_cpu or padding_free else nullcontext()
+        attention = training_attention() if self.on_cpu or batch.padding_free else nullcontext()
         fused = fused_on_cpu(self.model) if self.fused else nullcontext()
-        with self.mode, attention, fused, self._checkpointed(checkpointing):
-            if padding_free:
+        with self.mode, attention, fused, self._checkpointed(batch.checkpointing):
+            if batch.padding_free:
                 ids = torch.empty((1, rows * tokens), dtype=torch.long)
                 mask = mask_of_rows([Row(tokens)] * rows, CPU)
             else:
                 # Every row as long as the longest, with a mask: what a batch takes at most.
                 ids = torch.empty((rows, tokens), dtype=torch.long)
                 mask = torch.empty((rows, 1, tokens, tokens), dtype=torch.bool)
-            positions = torch.empty_like(ids) if padding_free else None
-            targets = torch.empty(labelled, dtype=torch.long)
+            positions = torch.empty_like(ids) if batch.padding_free else None
+            targets = torch.empty(batch.labelled, dtype=torch.long)
             there = [ids, mask, targets, *self.model.parameters(), *self.model.buffers()]
             counter = LiveBytes(there)
             try:
-                with counter:
+                with self._instructed(rows, positions), counter:
                     # Routes of whole rows take what they take, whatever is prompt.
-                    with self._autocast(), prompts_of(self.model, ids, IGNORED), self._instructed(rows, positions):
+                    with self._autocast(), prompts_of(self.model, ids, IGNORED):
                         hidden = decoder(
                             input_ids=ids,
                             attention_mask=mask,
@@ -240,7 +234,7 @@ class Tracer:
                             return_dict=True,
                         )[0]
                         activations, in_heap, forward = counter.live, counter.live_in_heap, counter.take_peak()
-                        chosen = hidden.flatten(0, 1)[:labelled]
+                        chosen = hidden.flatten(0, 1)[: batch.labelled]
                         total = frozen_head_loss(chosen, targets, head, transform)
                     loss = counter.take_peak()
                     del hidden, chosen
