@@ -119,7 +119,7 @@ class RunMemory:
         config: the run.
         device: where it trains.
         runtime: resident memory without the model, bytes; that of this process now if not given.
-        weights: require that a local model folder holds the weights.
+        base: the base's skeleton, used up; if not given, it is read, and a local model folder has to hold the weights.
         processes: of the run, on this machine.
 
     Raises:
@@ -132,12 +132,12 @@ class RunMemory:
         device: torch.device,
         *,
         runtime: float | None = None,
-        weights: bool = True,
+        base: nn.Module | None = None,
         processes: int = 1,
     ) -> None:
         self.config, self.on_cpu = config, device.type == "cpu"
         self.runtime = resident_bytes() if runtime is None else runtime
-        base = base_skeleton(config, weights=weights)
+        base = base_skeleton(config) if base is None else base
         self.dtype = compute_dtype(config.model.compute_dtype, device)
         quantization = config.quantization
         quantised = quantised_layers(base, quantization)

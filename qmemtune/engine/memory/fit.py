@@ -11,6 +11,7 @@ import torch
 
 from qmemtune.config.schema import Config
 from qmemtune.engine.memory.estimate import Estimate, RunMemory, resident_bytes
+from qmemtune.engine.memory.skeleton import base_skeleton
 from qmemtune.engine.memory.workload import Workload
 from qmemtune.errors import UserError
 
@@ -144,7 +145,7 @@ def quantised(memory: RunMemory) -> RunMemory | None:
     device = torch.device("cpu" if memory.on_cpu else "cuda")
     config: Config = replace(memory.config, quantization=quantization)
     try:
-        return RunMemory(config, device, runtime=memory.runtime, weights=False)
+        return RunMemory(config, device, runtime=memory.runtime, base=base_skeleton(config, weights=False))
     except UserError:
         return None
 

@@ -49,10 +49,11 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
         )
     here = pick_device()
     device = here if device_name == "auto" else torch.device(device_name)
-    workload, notes = largest_workload(config, BatchForm.of(config, device, base=base_skeleton(config, weights=False)))
+    base = base_skeleton(config, weights=False)
+    workload, notes = largest_workload(config, BatchForm.of(config, device, base=base))
     if device.type == "cuda" and here.type != "cuda" and config.model.compute_dtype == "auto":
         config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
-    memory = RunMemory(config, device, weights=False)
+    memory = RunMemory(config, device, base=base)
     estimate = memory.estimate(workload)
     limit = capacity(device) if device.type == here.type else None
     fits = None if limit is None else estimate.total <= limit
