@@ -112,7 +112,7 @@ def main() -> None:
     text = (
         f"### Batches: rows of GSM8K of like length, one behind the other, packed\n\n"
         f"`benchmarks/batches.py`, {args.adapter}, {args.quantization}, {type_name}, {args.count} rows, batches of "
-        f"{args.batch}, {torch.get_num_threads()} threads, {args.steps} steps each in turns.\n\n"
+        f"{args.batch}, {torch.get_num_threads()} thread(s), {args.steps} steps each in turns.\n\n"
         + table(["rows", "padding", "tokens/s", "ratio of neighbouring steps (quartiles)"], lines)
     )
     print(text)
