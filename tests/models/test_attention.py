@@ -44,23 +44,26 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize(("dtype", "exactly"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
 @pytest.mark.parametrize("side", ["right", "left", "none"])
-def test_the_numbers_and_gradients_of_the_fused_kernel(calls: list[int], side: str) -> None:
+def test_the_numbers_and_gradients_of_the_fused_kernel(
+    calls: list[int], side: str, dtype: torch.dtype, exactly: torch.dtype
+) -> None:
     batch = padded("right" if side == "none" else side)
     if side == "none":
         del batch["attention_mask"]
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    exact = model(torch.float32)
+    exact = model(exactly)
 
     def run(lm: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = lm(**batch, use_cache=False).logits.float()[real]
+        logits = lm(**batch, use_cache=False).logits.to(exactly)[real]
         logits.log_softmax(-1)[:, 5].mean().backward()
-        gradient = torch.cat([p.grad.float().flatten() for p in lm.parameters() if p.grad is not None])
+        gradient = torch.cat([p.grad.to(exactly).flatten() for p in lm.parameters() if p.grad is not None])
         return logits.detach(), gradient
 
-    expected, fused = run(exact), run(model())
+    expected, fused = run(exact), run(model(dtype))
     with training_attention():
-        short = run(model())
+        short = run(model(dtype))
     assert len(calls) == 2
     for ours, theirs, right in zip(short, fused, expected, strict=True):
         assert ours.isfinite().all()
@@ -72,7 +75,7 @@ def test_it_stands_aside_where_it_is_not_meant(calls: list[int], monkeypatch: py
     with training_attention():
         with torch.no_grad():
             model()(**batch)
-        model(torch.float32)(**batch)
+        model(torch.float16)(**batch)
         monkeypatch.setattr(attention, "MOST_BYTES", 100)
         model()(**batch)
     assert not calls

@@ -28,7 +28,7 @@ from qmemtune.data.rows import IGNORED
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.loss import frozen_head_loss
 from qmemtune.engine.memory.workload import Workload
-from qmemtune.models.attention import Row, mask_of_rows, training_attention
+from qmemtune.models.attention import mask_of_rows, training_attention
 from qmemtune.models.hardware import autocast
 from qmemtune.models.head import decoder_of, transform_candidates
 
@@ -213,7 +213,7 @@ class Tracer:
         with self.mode, attention, fused, self._checkpointed(batch.checkpointing):
             if batch.padding_free:
                 ids = torch.empty((1, rows * tokens), dtype=torch.long)
-                mask = mask_of_rows([Row(tokens)] * rows, CPU)
+                mask = mask_of_rows([tokens] * rows, CPU)
             else:
                 # Every row as long as the longest, with a mask: what a batch takes at most.
                 ids = torch.empty((rows, tokens), dtype=torch.long)
