@@ -115,11 +115,11 @@ def main() -> None:
         lines.append([name, f"{padding:.1%}", f"{statistics.median(rates):.0f}", ratio])
     type_name = str(dtype).removeprefix("torch.")
     source = "GSM8K" if args.rows else "the quickstart"
-    tokens = sum(rows.lengths) / len(rows)
+    tokens, threads = sum(rows.lengths) / len(rows), torch.get_num_threads()
     text = (
         f"### Batches: rows of {source} of like length, one behind the other, packed\n\n"
         f"`benchmarks/batches.py`, {args.adapter}, {args.quantization}, {type_name}, {args.count} rows of "
-        f"{tokens:.0f} tokens on average, batches of {args.batch}, {torch.get_num_threads()} thread(s), {args.steps} steps "
+        f"{tokens:.0f} tokens on average, batches of {args.batch}, {threads} thread(s), {args.steps} steps "
         "each in turns.\n\n" + table(["rows", "padding", "tokens/s", "ratio of neighbouring steps (quartiles)"], lines)
     )
     print(text)
