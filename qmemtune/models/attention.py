@@ -292,6 +292,9 @@ def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
 def is_short(module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
     """Whether :func:`short_attention` is faster, for a call that it is meant for."""
     tokens = query.shape[2]
+    # The fused kernel takes as long over one row, except in bfloat16.
+    if len(query) == 1 and query.dtype != torch.bfloat16:
+        return False
     if query.shape[:3].numel() * tokens * query.element_size() > MOST_BYTES:
         return False
     if mask is None:

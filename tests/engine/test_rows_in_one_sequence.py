@@ -132,7 +132,6 @@ def test_loss_and_gradients_of_rows_without_padding_are_those_of_rows_alone(
     kind, checkpointing, short, of_rows, of_packs, alone, monkeypatch
 ):
     monkeypatch.setattr(attention, "SHORT", short)
-    monkeypatch.setattr(attention, "MOST_BYTES", 0)
     # In float32 the routes of such weights make 5e-5 of the order of a sum, on some machines.
     model, rows = adapted(kind).double(), some_rows()
     loss, gradients = loss_and_gradients(model, Collator(0)(rows))
