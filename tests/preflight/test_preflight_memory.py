@@ -16,6 +16,8 @@ from qmemtune.config.data import SourceConfig
 from qmemtune.config.missing import MISSING
 from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.config.training import OptimizerConfig
+from qmemtune.data.collate import Collator, model_inputs
+from qmemtune.data.packing import PaddingFreeCollator
 from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.language import LabelledLoss
@@ -27,6 +29,7 @@ from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantise
 from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
+from qmemtune.models.attention import rows_of, training_attention
 from qmemtune.models.loading import load_base
 
 CPU = torch.device("cpu")
@@ -51,23 +54,30 @@ class Saved:
         return tensor
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("adapter", ["lora", "queryable"])
-def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fused):
+def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fused, padding_free):
     small = ["adapter.num_atoms=4", "adapter.key_dim=4", "adapter.block_size=2"] if adapter == "queryable" else []
-    config = run_config(f"adapter={adapter}", "adapter.r=4", f"trainer.fused_layers={fused}", *small).config
+    form = [f"trainer.fused_layers={fused}", f"trainer.padding_free={padding_free}"]
+    config = run_config(f"adapter={adapter}", "adapter.r=4", *form, *small).config
     estimate = RunMemory(config, CPU, runtime=0).estimate(WORK)
     model = apply_adapter(load_base(config.model, config.quantization, device=CPU), config.adapter, seed=0).train()
     loss_of = LabelledLoss(model)
     ids = torch.randint(0, 300, (WORK.rows, WORK.tokens))
-    mask = torch.ones_like(ids)
-    mask[0, -1] = 0
     labels = ids.clone()
     labels[:, : WORK.tokens // 2] = -100
+    rows = [
+        dict(zip(("input_ids", "labels"), row, strict=True)) for row in zip(ids.tolist(), labels.tolist(), strict=True)
+    ]
+    batch = (PaddingFreeCollator(0) if padding_free else Collator(0))(rows)
+    if not padding_free:
+        batch["attention_mask"][0, -1] = 0
     saved = Saved(model)
     forms = fused_on_cpu(model) if fused else nullcontext()
-    with forms, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t), loss_of.installed():
-        loss, _ = model(input_ids=ids, attention_mask=mask, labels=labels)
+    kept = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t)
+    with forms, training_attention(), rows_of(batch.get("row_lengths")), kept, loss_of.installed():
+        loss, _ = model(**model_inputs(batch))
     assert loss.isfinite()
     assert estimate.activations == pytest.approx(sum(saved.kept.values()), rel=0.1)
 
