@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -63,14 +63,14 @@ class Contestant:
         self.base: PreTrainedModel = load_base(
             ModelConfig(path=path, compute_dtype=args.dtype), QuantizationConfig(kind=quantization), device=self.device
         )
-        adapter, self.fused = KINDS[kind]
+        adapter, fused = KINDS[kind]
         config = adapter(r=args.rank)
         self.model = apply_adapter(self.base, config, seed=0)
         self.model.train()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config, learning_rate=1e-4, weight_decay=0.0))
         self.loss_of = LabelledLoss(self.model, compiled=args.compile)
         self.compiled = args.compile
-        self.fused = self.fused and not self.compiled
+        self.fused = fused and not self.compiled
         self.padding_free = self.fused and self.device.type == "cpu"
 
     @contextmanager
@@ -218,8 +218,9 @@ def main() -> None:
     threads = f"{torch.get_num_threads()} threads"
     load = f"load average at the end {os.getloadavg()[0]:.1f}"
     name = args.base if args.base in SHAPES else "SmolLM2-135M" if args.base == SMOLLM2 else Path(args.base).name
-    head = f"### Queryable memory against PEFT LoRA: {name}{', compiled' if args.compile else ''}\n\n"
-    head += (
+    compiled = ", compiled" if args.compile else ""
+    heading = f"Queryable memory against PEFT LoRA: {name}{compiled}, {args.dtype}"
+    head = (
         f"`benchmarks/adapter_step.py`, r={args.rank}, all linear layers, {args.rounds} rounds, {threads}, {load}.\n\n"
     )
     ratios = [f"memory / {other}" for other in OTHERS]
@@ -230,9 +231,9 @@ def main() -> None:
     if decoding:
         columns = ["base", "rows", "PEFT LoRA tokens/s", "memory tokens/s", ratios[0]]
         text += "\n\nDecoding with a KV cache, unmerged:\n\n" + table(columns, decoding)
-    print(text)
+    print(f"### {heading}\n\n{text}")
     if args.write:
-        write_section(f"adapter_step {name}{' compiled' if args.compile else ''}", text)
+        write_section(heading, text)
 
 
 def compare(
@@ -243,19 +244,21 @@ def compare(
     decoding: list[list[str]],
 ) -> None:
     """Add one base's lines to both tables."""
-    with ExitStack() as ready:
-        for one in contestants:
-            ready.enter_context(one.ready())
-        for text in args.batch:
-            shape = sizes(text)
-            rounds = interleaved([partial(one.step, *shape) for one in contestants], args.rounds)
-            steps.append([base, text, *cells(rounds)])
-        peft, memory = contestants[0], contestants[-1]
-        for rows in args.decode_rows:
-            asked = rows, args.decode_tokens
-            rounds = interleaved([partial(peft.decode, *asked), partial(memory.decode, *asked)], args.rounds)
-            tokens = rows * args.decode_tokens
-            decoding.append([base, str(rows), *cells([[tokens / s for s in found] for found in rounds], digits=1)])
+
+    def timed(one: Contestant, what: Callable[..., float], *asked: int) -> float:
+        # What one's fused layers replace is replaced for all while they are on.
+        with one.ready():
+            return what(*asked)
+
+    for text in args.batch:
+        rounds = interleaved([partial(timed, one, one.step, *sizes(text)) for one in contestants], args.rounds)
+        steps.append([base, text, *cells(rounds)])
+    for rows in args.decode_rows:
+        asked = rows, args.decode_tokens
+        two = [partial(timed, one, one.decode, *asked) for one in (contestants[0], contestants[-1])]
+        tokens = rows * args.decode_tokens
+        rounds = [[tokens / s for s in found] for found in interleaved(two, args.rounds)]
+        decoding.append([base, str(rows), *cells(rounds, digits=1)])
 
 
 def cells(rounds: list[list[float]], digits: int = 3) -> list[str]:

@@ -16,7 +16,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def batches(config: Config, form: BatchForm, rows: TokenRows, pad: int) -> Itera
     """Whole batches of one epoch after another."""
     batching, size = Batching(config, form, rows, pad), config.trainer.per_device_train_batch_size
     order = row_order(batching.rows.lengths, config, form, 1)
-    for epoch in range(1000):
+    for epoch in count():
         order.set_epoch(epoch)  # type: ignore[attr-defined]
         indices = list(order)
         for start in range(0, len(indices) - size + 1, size):
@@ -66,9 +66,11 @@ def main() -> None:
     parser.add_argument("--quantization", default="nf4", choices=["none", "nf4"])
     parser.add_argument("--adapter", default="lora", choices=list(ADAPTERS))
     parser.add_argument("--batch", type=int, default=8, help="rows in a batch")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="two at least")
     parser.add_argument("--write", action="store_true", help="write the section in benchmarks/README.md")
     args = parser.parse_args()
+    if args.batch > args.count or args.steps < 2:
+        parser.error("needs --batch of at most --count rows, and --steps of at least 2")
 
     device = pick_device()
     dtype = compute_dtype("auto", device)
@@ -110,21 +112,21 @@ def main() -> None:
     for i, (name, form) in enumerate(FORMS.items()):
         rates = [turn[i] for turn in taken]
         low, middle, high = statistics.quantiles([turn[i] / turn[0] for turn in taken], n=4)
-        padding = 0.0 if form.packed else padding_share(rows.lengths, config, form, 1)
+        padding = padding_share(rows.lengths, config, form, 1)
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if i else "1"
         lines.append([name, f"{padding:.1%}", f"{statistics.median(rates):.0f}", ratio])
     type_name = str(dtype).removeprefix("torch.")
     source = "GSM8K" if args.rows else "the quickstart"
     tokens, threads = sum(rows.lengths) / len(rows), torch.get_num_threads()
+    heading = f"Batches: rows of {source} of like length, one behind the other, packed, {type_name}"
     text = (
-        f"### Batches: rows of {source} of like length, one behind the other, packed\n\n"
         f"`benchmarks/batches.py`, {args.adapter}, {args.quantization}, {type_name}, {args.count} rows of "
         f"{tokens:.0f} tokens on average, batches of {args.batch}, {threads} thread(s), {args.steps} steps "
         "each in turns.\n\n" + table(["rows", "padding", "tokens/s", "ratio of neighbouring steps (quartiles)"], lines)
     )
-    print(text)
+    print(f"### {heading}\n\n{text}")
     if args.write:
-        write_section(f"batches {source}", text)
+        write_section(heading, text)
 
 
 if __name__ == "__main__":

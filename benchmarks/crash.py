@@ -248,8 +248,8 @@ def main() -> None:
     ]
     header = ["run", "kills", "while saving", "before the first checkpoint", "ended otherwise"]
     text = (
-        f"### Crashes: runs killed at random moments and resumed\n\n`benchmarks/crash.py --kills {args.kills} --seed "
-        f"{args.seed}`, {time.perf_counter() - began:.0f} s: {same}/{args.kills} ended as the undisturbed run, bit for "
+        f"`benchmarks/crash.py --kills {args.kills} --seed {args.seed}`, {time.perf_counter() - began:.0f} s: "
+        f"{same}/{args.kills} ended as the undisturbed run, bit for "
         f"bit (weights, optimizer, schedule, random states, logs, samples, evaluations). A third was killed twice.\n\n"
         + table(header, lines)
     )
@@ -259,7 +259,7 @@ def main() -> None:
             print(f"{what}: {failure}")
     print(f"{same}/{args.kills}")
     if args.write:
-        write_section("crash", text)
+        write_section("Crashes: runs killed at random moments and resumed", text)
     sys.exit(same != args.kills)
 
 

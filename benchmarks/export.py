@@ -151,7 +151,7 @@ def main() -> None:
     text = f"{config.recipe}, {len(rows)} held-out rows.\n\n{table(heads, lines)}"
     print(text)
     if args.write:
-        write_section(f"Making a memory static, {config.recipe}", text)
+        write_section(f"Making a memory static: {config.recipe}", text)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def main() -> None:
     text += table(heads, lines)
     print(text)
     if args.write:
-        write_section("Making a memory static, regression", text)
+        write_section("Making a memory static: regression", text)
 
 
 if __name__ == "__main__":

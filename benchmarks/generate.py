@@ -84,14 +84,13 @@ def main() -> None:
     ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
     header = ["rows", "one at a time (rows/s)", "batched (rows/s)", "ratio", "equal answers"]
     medians = [f"{statistics.median(values):.2f}" for values in rates.values()]
-    text = (
-        f"### Generation for exact match: {config.recipe}, {config.adapter.kind}, answers of up to {limit} tokens\n\n"
-        f"`benchmarks/generate.py`, {args.rounds} rounds; the ratio's median (smallest to largest).\n\n"
-        + table(header, [[len(rows), *medians, spread(ratios, 2), f"{equal:.0%}"]])
+    heading = f"Generation for exact match: {config.recipe}, {config.adapter.kind}, answers of up to {limit} tokens"
+    text = f"`benchmarks/generate.py`, {args.rounds} rounds; the ratio's median (smallest to largest).\n\n" + table(
+        header, [[len(rows), *medians, spread(ratios, 2), f"{equal:.0%}"]]
     )
-    print(text)
+    print(f"### {heading}\n\n{text}")
     if args.write:
-        write_section("generate", text)
+        write_section(heading, text)
 
 
 if __name__ == "__main__":

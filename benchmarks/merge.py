@@ -247,7 +247,7 @@ def main() -> None:
     )
     print(text)
     if args.write:
-        write_section(f"Merging, {args.shape} shape", text)
+        write_section(f"Merging from file to file: {args.shape} shape", text)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ def bootstrap_share(share: Callable[[Sequence[int]], float], count: int, resampl
     return f"{share(everyone):.1%} ({low:.1%} to {high:.1%})"
 
 
-def write_section(name: str, text: str) -> None:
-    """Put ``text`` between the markers of section ``name`` in benchmarks/README.md, at the end if there are none."""
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    section = f"{start}\n{text.strip()}\n\nMachine: {machine()}, {datetime.date.today().isoformat()}.\n{end}"
+def write_section(heading: str, text: str) -> None:
+    """Put the section with this heading in the place of the one that benchmarks/README.md has, or at its end."""
+    start, end = f"<!-- {heading} -->", f"<!-- end of {heading} -->"
+    where = f"Machine: {machine()}, {datetime.date.today().isoformat()}."
+    section = f"{start}\n### {heading}\n\n{text.strip()}\n\n{where}\n{end}"
     old = README.read_text(encoding="utf-8") if README.exists() else "# Benchmarks\n"
     if start in old:
         before, _, rest = old.partition(start)

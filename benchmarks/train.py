@@ -212,15 +212,15 @@ def main() -> None:
     shape = f", {named}, {args.sequence} tokens" + (", checkpointing" if args.checkpointing else "")
     shape += ", compiled" if args.compile else ""
     variant = "" if plain else shape
+    heading = f"Training: {args.steps} steps of {args.batch} rows of GSM8K, r={args.rank}{variant}, {args.dtype}"
     text = (
-        f"### Training: {args.steps} steps of {args.batch} rows of GSM8K, r={args.rank}{variant}\n\n"
         f"`benchmarks/train.py`, {args.rounds} rounds; ratios are medians (smallest to largest); "
         f"{flops / 1e9:.2f} GFLOP a token; {'; '.join(notes)}; load at the end {os.getloadavg()[0]:.1f}.\n\n"
         + table(header, lines)
     )
-    print(text)
+    print(f"### {heading}\n\n{text}")
     if args.write:
-        write_section(f"train{variant}", text)
+        write_section(heading, text)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     work = found["workload"]
     console.print(
         f"{found['model']} ({found['quantization']}, {found['dtype']}) on {found['device']}: {work['rows']} rows of "
-        f"{work['tokens']} tokens, {work['labelled']} in the loss"
+        f"up to {work['tokens']} tokens, "
+        + ("" if work["together"] is None else f"{work['together']} together, ")
+        + f"{work['labelled']} in the loss"
         + (", activations recomputed" if work["checkpointing"] else ""),
         markup=False,
     )

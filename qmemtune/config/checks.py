@@ -66,6 +66,8 @@ def reentrant(c: Config) -> Iterator[Problem]:
     key = "trainer.gradient_checkpointing_use_reentrant"
     if c.trainer.gradient_checkpointing_use_reentrant and isinstance(c.adapter, QueryableConfig):
         yield key, "the queryable memory gets wrong gradients from reentrant checkpointing", f"set {key}=false"
+    if c.trainer.gradient_checkpointing_use_reentrant and c.trainer.padding_free:
+        yield key, "reentrant checkpointing loses which row of a sequence a token is of", f"set {key}=false"
 
 
 @check

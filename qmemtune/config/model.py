@@ -36,8 +36,8 @@ class ModelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the arithmetic; auto takes bfloat16 where the hardware is fast at it, else float32."""
     attn_implementation: str | None = None
-    """Attention kernel: sdpa, eager, flash_attention_2, ...; if not set transformers' choice, and in training on a
-    CPU in bfloat16 a faster one of our own for short rows."""
+    """Attention kernel: sdpa, eager, flash_attention_2, ...; if not set transformers' choice, and in training one of
+    our own for rows without padding and, on a CPU, for short rows."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code on this machine."""
     mlp: MlpConfig = field(default_factory=MlpConfig)

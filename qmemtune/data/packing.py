@@ -1,15 +1,16 @@
 """Rows packed into sequences of one length, or a batch's rows one behind the other, each row still on its own.
 
 Such a sequence has the rows' tokens one after the other, and positions that begin again at 0 with each row. From
-them transformers builds an attention mask that keeps the rows apart (in a pass without a cache); a route of the
-queryable memory is formed from one token alone; a row's first token is never predicted. So every row gets the logits it
-has alone.
+them transformers builds, for most models, an attention mask that keeps the rows apart (in a pass without a cache; the
+engine tries it before it trains); a route of the queryable memory is formed from one token alone; a row's first token
+is never predicted. So every row gets the logits it has alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -131,32 +132,32 @@ class PackCollator:
         return {**batch, "instruction": [*instructions, ""], "instruction_row": rows, "origin": origins}
 
 
-@dataclass(frozen=True)
-class PaddingFreeCollator:
+def without_padding(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch's rows (or the rows of its packs) one behind the other, in one sequence that needs no padding.
 
-    The shortest comes first, so that neighbours are of like length, as models.attention has them.
+    The shortest comes first: neighbours are of like length, as :mod:`qmemtune.models.attention` has them.
 
-    Returns what :class:`PackCollator` does, with B = 1, and ``row_lengths``, the tokens of each row in their order.
+    Returns:
+        What :class:`PackCollator` makes, with B = 1, and ``row_lengths``, the tokens of each row in their order.
     """
-
-    pad_token_id: int
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        packs = [row if "position_ids" in row else _alone(row) for row in rows]
-        packs.sort(key=lambda pack: len(pack["input_ids"]))
-        joined = {name: [value for pack in packs for value in pack[name]] for name in packs[0]}
-        starts = [i for i, position in enumerate(joined["position_ids"]) if position == 0]
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], len(joined["position_ids"])], strict=True)]
-        return {**PackCollator(self.pad_token_id)([joined]), "row_lengths": lengths}
+    every = sorted((row for given in rows for row in _rows_of(given)), key=lambda row: len(row["input_ids"]))
+    joined = {name: [value for row in every for value in row[name]] for name in every[0]}
+    # Nothing is padded.
+    return {**PackCollator(pad_token_id=0)([joined]), "row_lengths": [len(row["input_ids"]) for row in every]}
 
 
-def _alone(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as a pack of itself."""
-    return {
-        "input_ids": row["input_ids"],
-        "labels": row["labels"],
-        "position_ids": range(len(row["input_ids"])),
-        "origin": [row.get("origin", "")],
-        "instruction": [row.get("instruction", "")],
-    }
+def _rows_of(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a pack, or the one row, each as a pack of its own."""
+    if "position_ids" not in given:
+        yield {
+            "input_ids": given["input_ids"],
+            "labels": given["labels"],
+            "position_ids": range(len(given["input_ids"])),
+            "origin": [given.get("origin", "")],
+            "instruction": [given.get("instruction", "")],
+        }
+        return
+    starts = [i for i, position in enumerate(given["position_ids"]) if position == 0]
+    for number, (start, end) in enumerate(pairwise([*starts, len(given["input_ids"])])):
+        row = {name: given[name][start:end] for name in ("input_ids", "labels", "position_ids")}
+        yield row | {name: given[name][number : number + 1] for name in ("instruction", "origin") if name in given}

@@ -16,7 +16,7 @@ from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.data.collate import Collator
-from qmemtune.data.packing import PackCollator, PackedRows, PaddingFreeCollator
+from qmemtune.data.packing import PackCollator, PackedRows, without_padding
 from qmemtune.data.rows import TokenRows
 from qmemtune.data.sampler import LengthGroupedSampler
 from qmemtune.engine.compiling import has_training_attention
@@ -26,7 +26,7 @@ from qmemtune.engine.sampler import SeededRandomSampler
 from qmemtune.errors import UserError, first_line
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.models.attention import KERNEL, rows_of, training_attention
-from qmemtune.models.hardware import autocast
+from qmemtune.models.hardware import autocast, is_out_of_memory
 from qmemtune.models.head import decoder_of
 
 APART = 0.05
@@ -69,9 +69,10 @@ class BatchForm:
             padding_free = was_padding_free(checkpoint)
         elif padding_free is None:
             # Any other attention would compare all tokens of a batch with each other.
-            row_by_row = has_training_attention(config) and (base is None or attention_of(base) == KERNEL)
+            row_by_row = has_training_attention(config) and (base is None or takes_attention(base))
             whole_routes = isinstance(adapter, QueryableConfig) and adapter.granularity == "row"
-            padding_free = device.type == "cpu" and row_by_row and not whole_routes
+            reentrant = trainer.gradient_checkpointing and trainer.gradient_checkpointing_use_reentrant
+            padding_free = device.type == "cpu" and row_by_row and not whole_routes and not reentrant
         return cls.with_padding(config, padding_free=padding_free)
 
     @classmethod
@@ -85,10 +86,11 @@ class BatchForm:
         return {key: getattr(self, key.removeprefix("trainer.")) for key in BATCHES}
 
 
-def attention_of(base: nn.Module) -> str | None:
-    """transformers' name for the attention of a language model."""
-    name: str | None = getattr(getattr(decoder_of(base), "config", None), "_attn_implementation", None)
-    return name
+def takes_attention(base: nn.Module) -> bool:
+    """Whether a language model calls the attention that :func:`training_attention` puts in the place of ``sdpa``."""
+    decoder = decoder_of(base)
+    kernel = getattr(getattr(decoder, "config", None), "_attn_implementation", None)
+    return kernel == KERNEL and getattr(decoder, "_supports_attention_backend", False)
 
 
 class Batching:
@@ -106,7 +108,7 @@ class Batching:
         self.source_rows = len(rows)
         self.rows: TokenRows | PackedRows = PackedRows(rows, config.data.max_length) if form.packed else rows
         if form.padding_free:
-            self.collator: Callable[[Any], dict[str, Any]] = PaddingFreeCollator(pad_token_id)
+            self.collator: Callable[[Any], dict[str, Any]] = without_padding
         else:
             self.collator = PackCollator(pad_token_id) if form.packed else Collator(pad_token_id)
 
@@ -145,7 +147,13 @@ def padding_share(lengths: Sequence[int], config: Config, form: BatchForm, world
 
 
 def check_rows_stay_apart(
-    model: nn.Module, key: str, device: torch.device, dtype: torch.dtype, *, own_attention: bool = True
+    model: nn.Module,
+    key: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    padding_free: bool = True,
+    own_attention: bool = True,
 ) -> None:
     """Find out whether this model's attention keeps rows of one sequence apart, with two of them.
 
@@ -154,6 +162,7 @@ def check_rows_stay_apart(
         key: the option that puts rows into one sequence.
         device: where the model is.
         dtype: of the arithmetic.
+        padding_free: whether training says how long the rows are; otherwise positions alone tell them apart.
         own_attention: whether training runs with :func:`training_attention`.
 
     Raises:
@@ -168,14 +177,18 @@ def check_rows_stay_apart(
         found: Tensor = model(**inputs, use_cache=False).logits.float()
         return found
 
-    fix = f"set {key}=false, or model.attn_implementation=sdpa"
+    fix = f"set {key}=false" + ("" if takes_attention(model) else ", or model.attn_implementation=sdpa")
     try:
         with undisturbed(model), torch.no_grad(), autocast(device, dtype):
             alone = torch.cat([logits(input_ids=first), logits(input_ids=second)], dim=1)
-            with training_attention() if own_attention else nullcontext(), rows_of([6, 7]):
-                packed = logits(input_ids=ids, position_ids=positions)
+            kernels = training_attention() if own_attention else nullcontext()
+            # Attention in training is another than without gradients.
+            with kernels, rows_of([6, 7] if padding_free else None), torch.enable_grad():
+                packed = logits(input_ids=ids, position_ids=positions).detach()
             joined = logits(input_ids=ids)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         problem = f"this model takes no rows in one sequence: {type(error).__name__}: {first_line(error)}"
         raise UserError(problem, where=key, fix=fix) from error
     distance, leak = (packed - alone)[:, 6:].norm(), (joined - alone)[:, 6:].norm()
@@ -200,7 +213,8 @@ def settled(
         return form, []
     key = "trainer.packing" if form.packed else "trainer.padding_free"
     try:
-        check_rows_stay_apart(model, key, device, dtype, own_attention=has_training_attention(config))
+        own = has_training_attention(config)
+        check_rows_stay_apart(model, key, device, dtype, padding_free=form.padding_free, own_attention=own)
     except UserError as error:
         if form.packed or config.trainer.padding_free is not None:
             raise

@@ -10,7 +10,8 @@ transformers' mask function says.
 **Short rows.** torch's fused kernel is made for long rows, and for many of them; four batched products written out are
 faster over short ones. What they cost are the T x T weights, which the fused kernel never holds: so a layer whose
 weights take more than a limit is left to it. Short neighbours of a sequence are padded for such a call, and only for
-it. Forward and backward of a layer, 9 heads of width 64 of which 3 are key heads, in ms:
+it; their weights take no more than a query whose heads are as wide as the longest of them. Forward and backward of a
+layer, 9 heads of width 64 of which 3 are key heads, in ms:
 
 =========================  ======  ==========  =============  =======================  ================
 machine                    rows    fused, and  written out,   one behind the other,    written out over
@@ -41,7 +42,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MOST_BYTES = 8 * 2**20
-"""Weights that one layer may keep for its backward pass, in bytes."""
+"""Weights that one layer may keep for its backward pass, in bytes; those of short neighbours are not counted."""
 KERNEL = "sdpa"
 CONTIGUOUS = torch.contiguous_format
 SHORT = 64
@@ -55,7 +56,7 @@ _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths of the rows of 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of a sequence: one, or neighbours short enough for one call of attention over all of them."""
+    """Rows of a sequence: one, or short neighbours, which have one call of attention."""
 
     lengths: tuple[int, ...]
     """Of the rows, in tokens."""
@@ -98,12 +99,12 @@ def rows_of(lengths: Sequence[int] | None) -> Iterator[None]:
         _lengths.reset(token)
 
 
-def by_span(lengths: Sequence[int]) -> list[list[int]]:
-    """Lengths of rows, in tokens and in their order, by the span that the rows are in."""
+def by_span(lengths: Sequence[int], *, together: bool) -> list[list[int]]:
+    """Lengths of rows, in tokens and in their order, by the span that the rows are in; each alone if not together."""
     found: list[list[int]] = []
     for tokens in lengths:
         span = [*found[-1], tokens] if found else [tokens]
-        if len(span) > 1 and max(span) <= SHORT and max(span) * len(span) <= MOST_SPREAD * sum(span):
+        if together and len(span) > 1 and max(span) <= SHORT and max(span) * len(span) <= MOST_SPREAD * sum(span):
             found[-1] = span
         else:
             found.append([tokens])
@@ -116,7 +117,11 @@ def causal_mask(tokens: int, device: torch.device | str) -> Tensor:
 
 
 def mask_of_rows(
-    lengths: Sequence[int], device: torch.device | str, of_row: Callable[[int, int], Tensor | None] | None = None
+    lengths: Sequence[int],
+    device: torch.device | str,
+    of_row: Callable[[int, int], Tensor | None] | None = None,
+    *,
+    together: bool,
 ) -> Tensor:
     """What is handed through a model as its mask, (1, 1, N, N), a view of one True; :data:`SPANS` holds the spans.
 
@@ -125,10 +130,11 @@ def mask_of_rows(
         device: of the model's tokens.
         of_row: takes a row's first token and its number of tokens, and returns the mask of the row (1, 1, T, T), True
             where a token may look; plain causal attention for all if not given.
+        together: whether short neighbours have one call of attention.
     """
     causal = causal_mask(max(lengths), device)
     spans, start = [], 0
-    for rows in by_span(lengths):
+    for rows in by_span(lengths, together=together):
         masks: list[Tensor | None] = []
         for tokens in rows:
             mask = of_row(start, tokens) if of_row is not None else None
@@ -141,7 +147,7 @@ def mask_of_rows(
     return whole
 
 
-def masks_by_row(plain: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+def masks_by_row(plain: Callable[..., Tensor | None], *, written_out: bool) -> Callable[..., Tensor | None]:
     """transformers' function that makes masks, which inside :func:`rows_of` makes one a row."""
 
     def made(*args: Any, **options: Any) -> Tensor | None:
@@ -156,7 +162,9 @@ def masks_by_row(plain: Callable[..., Tensor | None]) -> Callable[..., Tensor | 
             part = {"q_length": tokens, "kv_length": tokens, "q_offset": start, "kv_offset": start}
             return plain(**{**options, **part, "allow_is_causal_skip": False})
 
-        return mask_of_rows(lengths, options.get("device", "cpu"), of_row)
+        device = torch.device(options.get("device", "cpu"))
+        together = written_out and device.type == "cpu" and torch.is_grad_enabled()
+        return mask_of_rows(lengths, device, of_row, together=together)
 
     return made
 
@@ -266,7 +274,7 @@ def short_attention(
     return mixed
 
 
-def is_meant(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+def is_meant(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether :func:`short_attention` computes such a call of transformers' attention."""
     return (
         query.device.type == "cpu"
@@ -295,46 +303,86 @@ def is_short(module: nn.Module, query: Tensor, mask: Tensor | None, options: dic
     # The fused kernel takes as long over one row, except in bfloat16.
     if len(query) == 1 and query.dtype != torch.bfloat16:
         return False
-    if query.shape[:3].numel() * tokens * query.element_size() > MOST_BYTES:
-        return False
     if mask is None:
         return is_causal(module, options)
     return mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2:] == (tokens, tokens)
 
 
+def may_keep(query: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether the weights of a layer's rows of these lengths, in tokens, are below the limit."""
+    return query.shape[1] * sum(tokens**2 for tokens in lengths) * query.element_size() <= MOST_BYTES
+
+
 @contextmanager
-def training_attention() -> Iterator[None]:
-    """While open, models with transformers' ``sdpa`` attention have this module's, for what it is meant for."""
+def training_attention(*, written_out: bool = True) -> Iterator[None]:
+    """While open, models with transformers' ``sdpa`` attention have this module's, for what it is meant for.
+
+    Args:
+        written_out: let short rows have it too; on a CPU only, where False stands for another device.
+    """
     fused, masks = ALL_ATTENTION_FUNCTIONS[KERNEL], ALL_MASK_ATTENTION_FUNCTIONS[KERNEL]
 
-    def over_span(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, span: Span, options: dict[str, Any]
+    def one_call(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+        kept: bool,
     ) -> Tensor:
-        if span.slots is not None and is_causal(module, options) and is_meant(module, query, key, value, options):
+        meant = written_out and kept and is_meant(query, key, value, options)
+        if meant and is_short(module, query, mask, options):
+            return short_attention(query, key, value, mask, scale_of(query, options))
+        mixed: Tensor = fused(module, query, key, value, mask, **options)[0]
+        return mixed
+
+    def over_span(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        span: Span,
+        options: dict[str, Any],
+        kept: bool,
+    ) -> Tensor:
+        if span.slots is not None and written_out and is_meant(query, key, value, options):
             return short_attention(query, key, value, span.mask, scale_of(query, options), span.slots)
         parts = zip(*(tensor.split(span.lengths, dim=2) for tensor in (query, key, value)), span.masks, strict=True)
-        return one_behind_the_other([attention(module, q, k, v, mask, **options)[0] for q, k, v, mask in parts])
+        causal = is_causal(module, options)
+        made = []
+        for q, k, v, own in parts:
+            mask = own if own is not None or causal else causal_mask(q.shape[2], q.device)[None, None]
+            made.append(one_call(module, q, k, v, mask, options, kept))
+        return one_behind_the_other(made)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         spans: tuple[Span, ...] | None = getattr(attention_mask, SPANS, None)
-        if spans is not None:
-            lengths = [sum(span.lengths) for span in spans]
-            parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), spans, strict=True)
-            return one_behind_the_other([over_span(module, q, k, v, span, options) for q, k, v, span in parts]), None
-        if is_meant(module, query, key, value, options) and is_short(module, query, attention_mask, options):
-            return short_attention(query, key, value, attention_mask, scale_of(query, options)), None
-        result: tuple[Tensor, Tensor | None] = fused(module, query, key, value, attention_mask, **options)
-        return result
+        if spans is None:
+            if attention_mask is not None and is_bare(attention_mask):
+                raise RuntimeError("rows of one sequence would see each other: their mask came without the rows")
+            kept = may_keep(query, [query.shape[2]] * len(query))
+            return one_call(module, query, key, value, attention_mask, options, kept), None
+        kept = may_keep(query, [span.lengths[0] for span in spans if span.slots is None])
+        lengths = [sum(span.lengths) for span in spans]
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), spans, strict=True)
+        made = [over_span(module, q, k, v, span, options, kept) for q, k, v, span in parts]
+        return one_behind_the_other(made), None
 
     ALL_ATTENTION_FUNCTIONS[KERNEL] = attention
-    ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = masks_by_row(masks)
+    ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = masks_by_row(masks, written_out=written_out)
     try:
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS[KERNEL] = fused
         ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = masks
+
+
+def is_bare(mask: Tensor) -> bool:
+    """Whether this is a mask of :func:`mask_of_rows`, which a copy leaves without its rows."""
+    return mask.dim() == 4 and mask.numel() > 1 and mask.stride()[2:] == (0, 0)
 
 
 def scale_of(query: Tensor, options: dict[str, Any]) -> float:

@@ -29,7 +29,8 @@ def study_section(study: Mapping[str, Any]) -> str:
     head = ["setting", "variant", "parameters"]
     for metric in metrics:
         head += [words(metric["name"]), f"{compared_by(metric)} {study['baseline']}"]
-    if study["tuning_seeds"]:
+    confirmed_apart = bool(study["tuning_seeds"]) and not set(study["seeds"]) <= set(study["tuning_seeds"])
+    if confirmed_apart:
         head.append(f"{words(metrics[0]['name'])}, other seeds only")
     rows = []
     for setting in study["settings"]:
@@ -39,7 +40,7 @@ def study_section(study: Mapping[str, Any]) -> str:
                 found = entry["metrics"][metric["name"]]
                 own = entry["variant"] == study["baseline"]
                 row += [spread(found), "" if own else interval(found["all"], metric)]
-            if study["tuning_seeds"]:
+            if confirmed_apart:
                 own = entry["variant"] == study["baseline"]
                 confirmed = entry["metrics"][metrics[0]["name"]]["confirmation"]
                 row.append("" if own else interval(confirmed, metrics[0]))

@@ -350,6 +350,9 @@ def test_why_names_the_source_and_what_it_replaced(run):
     columns = json.loads(run("config", "recipe=smollm2_gsm8k", "--why", "data.columns.prompt", "--json").out)
     assert columns["value"] == "question"
     assert "did you mean trainer.max_steps?" in run("config", "--why", "max_steps").err
+    other = run("config", "--why", "adapter.num_atoms")
+    assert "adapter.num_atoms belongs to adapter=queryable, this is lora -> add adapter=queryable" in other.err
+    assert other.code == 2
 
 
 def test_recipes_on_a_narrow_terminal_keep_their_names_whole():

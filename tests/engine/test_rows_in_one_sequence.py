@@ -14,10 +14,12 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen2Config,
 )
 
@@ -26,7 +28,7 @@ from qmemtune.adapters.queryable import memory_of
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
 from qmemtune.config.compose import compose
 from qmemtune.data.collate import Collator, model_inputs
-from qmemtune.data.packing import PackCollator, PaddingFreeCollator
+from qmemtune.data.packing import PackCollator, without_padding
 from qmemtune.engine import batching, made_with
 from qmemtune.engine.batching import BatchForm, check_rows_stay_apart
 from qmemtune.engine.loss import LabelledLoss
@@ -47,6 +49,7 @@ SMALL = {
     "pad_token_id": 0,
 }
 MEMORY = {"r": 4, "num_atoms": 4, "key_dim": 4, "block_size": 1}
+REENTRANT = ("trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_use_reentrant=true")
 ADAPTERS = {
     "lora": LoraConfig(r=4),
     "queryable": QueryableConfig(**MEMORY),
@@ -122,14 +125,11 @@ def alone(monkeypatch) -> set:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("short", "of_rows", "of_packs"),
-    [(0, {3, 5, 7, 9, 12}, {3, 5, 7, 9, 12}), (8, {9, 12}, {3, 5, 7, 9, 12}), (64, {12}, {3})],
-)
+@pytest.mark.parametrize(("short", "expected"), [(0, {3, 5, 7, 9, 12}), (8, {9, 12}), (64, {12})])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_loss_and_gradients_of_rows_without_padding_are_those_of_rows_alone(
-    kind, checkpointing, short, of_rows, of_packs, alone, monkeypatch
+    kind, checkpointing, short, expected, alone, monkeypatch
 ):
     monkeypatch.setattr(attention, "SHORT", short)
     # In float32 the routes of such weights make 5e-5 of the order of a sum, on some machines.
@@ -138,12 +138,9 @@ def test_loss_and_gradients_of_rows_without_padding_are_those_of_rows_alone(
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     without_positions = [{name: row[name] for name in ("input_ids", "labels", "instruction")} for row in rows]
-    for given, lengths, expected in (
-        (without_positions, [3, 5, 7, 9, 12], of_rows),
-        (in_two_packs(rows), [5, 9, 3, 12, 7], of_packs),
-    ):
-        batch = PaddingFreeCollator(0)(given)
-        assert batch["row_lengths"] == lengths
+    for given in (without_positions, in_two_packs(rows)):
+        batch = without_padding(given)
+        assert batch["row_lengths"] == [3, 5, 7, 9, 12]
         assert batch["input_ids"].shape == (1, 36)
         alone.clear()
         with training_attention():
@@ -157,41 +154,84 @@ def test_loss_and_gradients_of_rows_without_padding_are_those_of_rows_alone(
 
 
 WINDOW = {"sliding_window": 4}
+CONFIGS = [
+    MistralConfig(**SMALL, **WINDOW),
+    Qwen2Config(
+        **SMALL, **WINDOW, use_sliding_window=True,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    Gemma3TextConfig(**SMALL, **WINDOW, head_dim=8),
+    GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+    ),
+    LlamaConfig(**SMALL),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    [
-        (MistralConfig(**SMALL, **WINDOW), torch.float32),
-        (
-            Qwen2Config(
-                **SMALL, **WINDOW, use_sliding_window=True,
-                layer_types=["full_attention", "sliding_attention", "full_attention"],
-            ),
-            torch.float32,
-        ),
-        (Gemma3TextConfig(**SMALL, **WINDOW, head_dim=8), torch.float32),
-        (
-            GPT2Config(
-                vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64,
-                attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
-            ),
-            torch.float32,
-        ),
-        (LlamaConfig(**SMALL), torch.bfloat16),
-        (MistralConfig(**SMALL, **WINDOW), torch.bfloat16),
-    ],
-    ids=lambda value: getattr(value, "model_type", str(value)),
-)  # fmt: skip
-def test_rows_without_padding_keep_their_windows_and_positions(config, dtype):
-    model, rows = adapted("lora", config).to(dtype), some_rows()
-    batch = PaddingFreeCollator(0)([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+def logits_and_gradients(model, *passes) -> list[torch.Tensor]:
+    """Logits of the last pass's tokens and what a loss over all passes gives, (N, V) first."""
+    model.zero_grad()
+    logits = torch.cat([model(**inputs, use_cache=False).logits[0] for inputs in passes])
+    logits.double().log_softmax(-1)[:, 5].sum().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("short", [0, 64])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_rows_without_padding_keep_their_windows_and_positions(config, short, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", short)
+    model, rows = adapted("lora", config).double(), some_rows()
+    batch = without_padding([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
     rows.sort(key=lambda row: len(row["input_ids"]))
-    alone = [model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0] for row in rows]
+    alone = logits_and_gradients(model, *({"input_ids": torch.tensor([row["input_ids"]])} for row in rows))
     with training_attention(), rows_of(batch["row_lengths"]):
-        joined = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
-    near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(joined, torch.cat(alone), **near)
+        joined = logits_and_gradients(model, {name: batch[name] for name in ("input_ids", "position_ids")})
+    assert len(joined) > 1
+    for found, right in zip(joined, alone, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("config", [LlamaConfig(**SMALL), MistralConfig(**SMALL, **WINDOW)])
+def test_rows_without_padding_in_bfloat16(config, autocast):
+    exact, rows = adapted("lora", config), sorted(some_rows(), key=lambda row: len(row["input_ids"]))
+    model = copy.deepcopy(exact) if autocast else copy.deepcopy(exact).to(torch.bfloat16)
+    passes = [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+    batch = without_padding([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    right = logits_and_gradients(exact, *passes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        alone = logits_and_gradients(model, *passes)
+        with training_attention(), rows_of(batch["row_lengths"]):
+            joined = logits_and_gradients(model, {name: batch[name] for name in ("input_ids", "position_ids")})
+    distance, usual = (
+        torch.cat([(x - y).flatten().double() for x, y in zip(found, right, strict=True)]).norm()
+        for found in (joined, alone)
+    )
+    assert 0 < distance < 1.5 * usual
+
+
+def test_what_short_attention_cannot_compute_falls_to_the_kernel_row_by_row(alone):
+    model, rows = adapted("lora", LlamaConfig(**SMALL, attention_dropout=0.5)), some_rows()
+    batch = without_padding([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    with training_attention(), rows_of(batch["row_lengths"]):
+        alone.clear()
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    assert alone == {3, 5, 7, 9, 12}
+
+
+def test_a_mask_that_lost_its_rows_is_no_mask_for_all_tokens():
+    config = GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+    )  # fmt: skip
+    model = adapted("lora", config)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    batch = without_padding([{name: row[name] for name in ("input_ids", "labels")} for row in some_rows()])
+    with training_attention(), rows_of(batch["row_lengths"]):
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        # Reentrant checkpointing hands detached arguments to the layers that it runs again.
+        with pytest.raises(RuntimeError, match="rows of one sequence would see each other"):
+            logits.sum().backward()
 
 
 def test_nothing_is_kept_apart_after_the_pass():
@@ -242,6 +282,28 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(monkeypatch):
         check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32)
 
 
+def test_positions_alone_do_not_keep_rows_apart_in_every_model():
+    config = OPTConfig(
+        vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = adapted("lora", config)
+    check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match="does not keep rows of one sequence apart"):
+        check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32, padding_free=False)
+
+
+def test_memory_that_runs_out_in_the_check_says_nothing_about_the_model(monkeypatch):
+    model = adapted("lora")
+
+    def full(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(model.get_base_model(), "forward", full)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        check_rows_stay_apart(model, "trainer.padding_free", torch.device("cpu"), torch.float32)
+
+
 def test_a_model_that_takes_no_such_sequence_is_refused(monkeypatch):
     model = adapted("lora")
     base = model.get_base_model()
@@ -290,12 +352,25 @@ def test_routes_of_whole_rows_cannot_be_in_one_sequence():
         ("sdpa", "cuda", ("trainer.padding_free=true",), True),
         ("sdpa", "cpu", ("trainer.compile=true",), False),
         ("sdpa", "cpu", ("model.attn_implementation=sdpa",), False),
+        ("sdpa", "cpu", ("trainer.gradient_checkpointing=true",), True),
+        ("sdpa", "cpu", (*REENTRANT,), False),
     ],
 )
 def test_rows_are_padded_where_nothing_else_is_known_to_be_faster(composed, kernel, device, overrides, free):
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), attn_implementation=kernel)
     form = BatchForm.of(composed(*overrides).config, torch.device(device), base=base)
     assert (form.padding_free, form.length_grouping) == (free, not free)
+
+
+def test_reentrant_checkpointing_and_rows_in_one_sequence_are_refused_together():
+    with pytest.raises(UserError, match="loses which row of a sequence a token is of"):
+        compose(["recipe=quickstart", "adapter=lora", "trainer.padding_free=true", *REENTRANT])
+
+
+def test_a_model_with_an_attention_of_its_own_has_padded_rows(composed):
+    config = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert not BatchForm.of(composed().config, torch.device("cpu"), base=base).padding_free
 
 
 def test_routes_of_whole_rows_have_padded_rows(composed):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qmemtune.models import attention
 from qmemtune.models.attention import training_attention
@@ -76,8 +78,43 @@ def test_it_stands_aside_where_it_is_not_meant(calls: list[int], monkeypatch: py
         with torch.no_grad():
             model()(**batch)
         model(torch.float16)(**batch)
-        monkeypatch.setattr(attention, "MOST_BYTES", 100)
+        with monkeypatch.context() as changed:
+            changed.setattr(attention, "MOST_BYTES", 100)
+            model()(**batch)
+        assert not calls
         model()(**batch)
-    assert not calls
+        assert calls
+    calls.clear()
+    with training_attention(written_out=False):
+        model()(**batch)
     model()(**batch)
     assert not calls
+
+
+def test_the_limit_is_for_all_long_rows_of_a_sequence(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHORT", 0)
+    ids = torch.arange(1, 25)[None]
+    positions = torch.cat([torch.arange(12), torch.arange(12)])[None]
+    # Two layers; 4 heads, two rows of 12 tokens, 2 bytes.
+    for limit, expected in ((2 * 4 * 12 * 12 * 2, 4), (2 * 4 * 12 * 12 * 2 - 1, 0)):
+        monkeypatch.setattr(attention, "MOST_BYTES", limit)
+        with training_attention(), attention.rows_of([12, 12]):
+            model()(input_ids=ids, position_ids=positions, use_cache=False)
+        assert len(calls) == expected
+        calls.clear()
+
+
+def test_transformers_has_its_own_attention_back_after_an_error() -> None:
+    def registered() -> list[object]:
+        return [functions["sdpa"] for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
+
+    def fail() -> None:
+        with training_attention():
+            inside.extend(registered())
+            raise ZeroDivisionError
+
+    before, inside = registered(), list[object]()
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not set(map(id, inside)) & set(map(id, before))
+    assert registered() == before

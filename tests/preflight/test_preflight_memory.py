@@ -17,12 +17,12 @@ from qmemtune.config.missing import MISSING
 from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.config.training import OptimizerConfig
 from qmemtune.data.collate import Collator, model_inputs
-from qmemtune.data.packing import PaddingFreeCollator
+from qmemtune.data.packing import without_padding
 from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.language import LabelledLoss
 from qmemtune.engine.memory.estimate import RunMemory
-from qmemtune.engine.memory.exhausted import asked_bytes, explained, is_out_of_memory
+from qmemtune.engine.memory.exhausted import asked_bytes, explained
 from qmemtune.engine.memory.fit import Memory, largest_batch, suggestions
 from qmemtune.engine.memory.report import largest_workload
 from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
@@ -30,6 +30,7 @@ from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
 from qmemtune.models.attention import rows_of, training_attention
+from qmemtune.models.hardware import is_out_of_memory
 from qmemtune.models.loading import load_base
 
 CPU = torch.device("cpu")
@@ -54,24 +55,26 @@ class Saved:
         return tensor
 
 
-@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("tokens", [64, 80])
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("adapter", ["lora", "queryable"])
-def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fused, padding_free):
+def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fused, padded, tokens):
     small = ["adapter.num_atoms=4", "adapter.key_dim=4", "adapter.block_size=2"] if adapter == "queryable" else []
-    form = [f"trainer.fused_layers={fused}", f"trainer.padding_free={padding_free}"]
+    form = [f"trainer.fused_layers={fused}", f"trainer.padding_free={not padded}"]
     config = run_config(f"adapter={adapter}", "adapter.r=4", *form, *small).config
-    estimate = RunMemory(config, CPU, runtime=0).estimate(WORK)
+    work = Workload(rows=4, tokens=tokens, labelled=2 * tokens, together=None if padded else 4 * tokens)
+    estimate = RunMemory(config, CPU, runtime=0).estimate(work)
     model = apply_adapter(load_base(config.model, config.quantization, device=CPU), config.adapter, seed=0).train()
     loss_of = LabelledLoss(model)
-    ids = torch.randint(0, 300, (WORK.rows, WORK.tokens))
+    ids = torch.randint(0, 300, (work.rows, tokens))
     labels = ids.clone()
-    labels[:, : WORK.tokens // 2] = -100
+    labels[:, : tokens // 2] = -100
     rows = [
         dict(zip(("input_ids", "labels"), row, strict=True)) for row in zip(ids.tolist(), labels.tolist(), strict=True)
     ]
-    batch = (PaddingFreeCollator(0) if padding_free else Collator(0))(rows)
-    if not padding_free:
+    batch = Collator(0)(rows) if padded else without_padding(rows)
+    if padded:
         batch["attention_mask"][0, -1] = 0
     saved = Saved(model)
     forms = fused_on_cpu(model) if fused else nullcontext()
@@ -218,6 +221,39 @@ def test_estimate_reads_the_rows_of_a_mixture(run_config):
     workload, notes = largest_workload(replace(config, data=mixture), form)
     assert notes == []
     assert workload == largest_workload(config, form)[0]
+
+
+def test_rows_without_padding_are_counted_with_the_longest_of_them():
+    work = Workload(rows=8, tokens=2000, labelled=1200, accumulation=2, together=2400)
+    assert work.lengths == [57] * 6 + [58, 2000]
+    # The one row of a batch may be the longest, with all that it has in the loss.
+    assert work.with_rows(1) == Workload(1, 2000, 1000, accumulation=16, together=2000)
+    assert work.with_rows(1).lengths == [2000]
+    assert work.with_rows(16) == Workload(16, 2000, 2400, accumulation=1, together=4800)
+    assert work.with_tokens(100) == Workload(8, 100, 400, accumulation=2, together=800)
+    assert work.with_tokens(1000) == Workload(8, 1000, 1200, accumulation=2, together=2400)
+    padded = Workload(rows=4, tokens=100, labelled=200)
+    assert padded.lengths == [100] * 4
+    assert padded.with_rows(2).with_tokens(50) == Workload(2, 50, 50, accumulation=2)
+
+
+def test_the_batch_of_a_run_without_padding_has_its_rows_own_tokens(run_config):
+    config = run_config().config
+    workload, _ = largest_workload(config, BatchForm(packed=False, padding_free=True, length_grouping=False))
+    padded, _ = largest_workload(config, BatchForm(packed=False, padding_free=False, length_grouping=True))
+    assert padded.together is None
+    assert workload.tokens == padded.tokens
+    assert workload.tokens <= workload.together == sum(workload.lengths) <= padded.rows * padded.tokens
+    assert len(workload.lengths) == workload.rows == padded.rows
+
+
+def test_a_run_that_hands_its_mask_to_the_kernel_is_traced_with_it(run_config):
+    work = Workload(rows=8, tokens=128, labelled=512, together=1024)
+    own, kernel = (
+        memory_of_run(run_config, "trainer.padding_free=true", *more).estimate(work)
+        for more in ((), ("model.attn_implementation=sdpa",))
+    )
+    assert kernel.activations + kernel.temporaries > own.activations + own.temporaries + 1024 * 1024
 
 
 def test_estimate_is_shown_by_part(run_config, tiny_llama_dir, capsys):

@@ -168,7 +168,8 @@ class RunMemory:
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "quantization": "none" if has_copies else quantization.kind,
-            "on_cpu": self.on_cpu and has_training_attention(config),
+            "on_cpu": self.on_cpu,
+            "own_attention": has_training_attention(config),
             "fused": self.fused,
             "unit": config.adapter.block_size if isinstance(config.adapter, QueryableConfig) else 1,
         }

@@ -6,24 +6,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from qmemtune.engine.memory.fit import Memory, largest_part, size, suggestions
 from qmemtune.errors import UserError
+from qmemtune.models.hardware import is_out_of_memory
 
-CPU_WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory")
-"""How torch's and the system's allocators say on a CPU that there is no more."""
 ASKED = re.compile(r"(?:[Tt]ried to allocate|you tried to allocate) ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, None: 1}
 LESS = 0.8
 """Settings that are advised take at most so much of the estimate that was too low."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in CPU_WORDS)
 
 
 def asked_bytes(error: BaseException) -> float | None:

@@ -140,7 +140,8 @@ class Tracer:
         dtype: of the arithmetic and of the base's weights.
         quantised: the layers that are quantised.
         quantization: how; ``none`` where products are computed with whole weights (copies on a CPU, too).
-        on_cpu: whether the run is on a CPU, where short rows have an attention of their own.
+        on_cpu: whether the run is on a CPU.
+        own_attention: whether it has :func:`qmemtune.models.attention.training_attention`.
         fused: whether layers run in their fused forms.
         unit: decoder layers that are alike only together (a block of a memory).
     """
@@ -153,10 +154,12 @@ class Tracer:
         quantised: list[nn.Linear],
         quantization: str,
         on_cpu: bool,
+        own_attention: bool,
         fused: bool = False,
         unit: int = 1,
     ) -> None:
-        self.model, self.dtype, self.on_cpu, self.fused, self.unit = model, dtype, on_cpu, fused, unit
+        self.model, self.dtype, self.unit = model, dtype, unit
+        self.on_cpu, self.own_attention, self.fused = on_cpu, own_attention, fused
         self.mode = FakeTensorMode()
         self.lm = model.get_base_model()
         if quantization in STAND_INS:
@@ -205,31 +208,35 @@ class Tracer:
         return traced
 
     def _step(self, batch: Workload) -> Traced:
-        rows, tokens = batch.rows, batch.tokens
+        rows, tokens, lengths = batch.rows, batch.tokens, batch.lengths
         decoder, head = decoder_of(self.lm), self.lm.get_output_embeddings()
         transform = transform_candidates(self.lm)[-1]
-        attention = training_attention() if self.on_cpu or batch.padding_free else nullcontext()
+        attention = training_attention(written_out=self.on_cpu) if self.own_attention else nullcontext()
         fused = fused_on_cpu(self.model) if self.fused else nullcontext()
         with self.mode, attention, fused, self._checkpointed(batch.checkpointing):
-            if batch.padding_free:
-                ids = torch.empty((1, rows * tokens), dtype=torch.long)
-                mask = mask_of_rows([tokens] * rows, CPU)
+            numbers = None
+            if batch.together is not None:
+                ids = torch.empty((1, batch.together), dtype=torch.long)
+                numbers = torch.empty_like(ids)
+                if self.own_attention:
+                    mask = mask_of_rows(lengths, CPU, together=self.on_cpu)
+                else:
+                    mask = torch.empty((1, 1, batch.together, batch.together), dtype=torch.bool)
             else:
                 # Every row as long as the longest, with a mask: what a batch takes at most.
                 ids = torch.empty((rows, tokens), dtype=torch.long)
                 mask = torch.empty((rows, 1, tokens, tokens), dtype=torch.bool)
-            positions = torch.empty_like(ids) if batch.padding_free else None
             targets = torch.empty(batch.labelled, dtype=torch.long)
             there = [ids, mask, targets, *self.model.parameters(), *self.model.buffers()]
             counter = LiveBytes(there)
             try:
-                with self._instructed(rows, positions), counter:
+                with self._instructed(rows, numbers), counter:
                     # Routes of whole rows take what they take, whatever is prompt.
                     with self._autocast(), prompts_of(self.model, ids, IGNORED):
                         hidden = decoder(
                             input_ids=ids,
                             attention_mask=mask,
-                            position_ids=positions,
+                            position_ids=None if numbers is None else torch.empty_like(numbers),
                             use_cache=False,
                             return_dict=True,
                         )[0]
@@ -248,7 +255,7 @@ class Tracer:
     def _instructed(self, rows: int, numbers: Tensor | None) -> AbstractContextManager[Any]:
         """Where there is an instruction prior, every row with an instruction, as a batch has at most.
 
-        ``numbers``, (1, T), says which row a token is of where they stand one behind the other.
+        ``numbers``, (1, tokens of all rows), says which row a token is of where they stand one behind the other.
         """
         memory = memory_of(self.model)
         if memory is None:

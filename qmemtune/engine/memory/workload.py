@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch.utils.data import Sampler
@@ -22,14 +23,14 @@ class Workload:
 
     rows: int
     tokens: int
-    """Of its longest row; without padding, of its rows on average."""
+    """Of its longest row."""
     labelled: int
     """Tokens in the loss."""
     accumulation: int = 1
     """Batches in one optimizer step."""
     checkpointing: bool = False
-    padding_free: bool = False
-    """Whether rows stand one behind the other."""
+    together: int | None = None
+    """Tokens of all rows, where they stand one behind the other; None where they are padded to the longest."""
 
     @classmethod
     def of(
@@ -52,36 +53,51 @@ class Workload:
         """
         rows = config.trainer.per_device_train_batch_size
         tokens = config.data.max_length if made is None else max(made.lengths)
-        labelled = rows * tokens
+        together = labelled = rows * tokens
         if made is not None:
             labelled = sum(sorted(made.loss_lengths, reverse=True)[:rows])
             if form.padding_free:
-                tokens, labelled = largest_batches(
-                    made, row_order(made.lengths, config, form, world_size), rows, epochs
-                )
-                tokens = -(-tokens // rows)
+                order = row_order(made.lengths, config, form, world_size)
+                together, labelled = largest_batches(made, order, rows, epochs)
         return cls(
             rows=rows,
             tokens=tokens,
             labelled=max(labelled, 1),
             accumulation=config.trainer.gradient_accumulation_steps,
             checkpointing=config.trainer.gradient_checkpointing,
-            padding_free=form.padding_free,
+            together=together if form.padding_free else None,
         )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row with its padding; of rows one behind the other the longest, and the others alike."""
+        if self.together is None or self.rows == 1:
+            return [self.tokens] * self.rows
+        others = self.rows - 1
+        share, more = divmod(self.together - self.tokens, others)
+        return [share] * (others - more) + [share + 1] * more + [self.tokens]
 
     def with_rows(self, rows: int) -> Workload:
         """The same rows, fewer or more of them, in as many a step as before where that is possible."""
-        return replace(
-            self,
-            rows=rows,
-            labelled=max(self.labelled * rows // self.rows, 1),
-            accumulation=max(round(self.rows * self.accumulation / rows), 1),
-        )
+        # The longest row may be among the fewer ones.
+        return self._with(rows, self.tokens, lambda together: max(together * rows // self.rows, self.tokens))
 
     def with_tokens(self, tokens: int) -> Workload:
         """The same rows, cut to fewer tokens."""
         tokens = min(tokens, self.tokens)
-        return replace(self, tokens=tokens, labelled=max(self.labelled * tokens // self.tokens, 1))
+        return self._with(self.rows, tokens, lambda together: min(together, self.rows * tokens))
+
+    def _with(self, rows: int, tokens: int, changed: Callable[[int], int]) -> Workload:
+        together = None if self.together is None else changed(self.together)
+        before, after = self.together or self.rows * self.tokens, together or rows * tokens
+        return replace(
+            self,
+            rows=rows,
+            tokens=tokens,
+            labelled=max(self.labelled * after // before, 1),
+            accumulation=max(round(self.rows * self.accumulation / rows), 1),
+            together=together,
+        )
 
 
 def largest_batches(made: TokenRows | PackedRows, order: Sampler[int], rows: int, epochs: float) -> tuple[int, int]:
