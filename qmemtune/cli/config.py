@@ -50,16 +50,16 @@ def _explain(composed: Composed, key: str) -> dict[str, Any]:
     from qmemtune.config.adapters import ADAPTERS
     from qmemtune.config.compose import to_dict
     from qmemtune.config.familiar import familiar
-    from qmemtune.config.fields import field_for, fields_of, nearest, other_kinds
+    from qmemtune.config.fields import elsewhere, field_for, fields_of, nearest
     from qmemtune.errors import UserError
 
     kind = composed.config.adapter.kind
     field = field_for(key, kind)
     if field is None or key not in composed.provenance:
-        others = other_kinds(key, kind) if field is None else []
-        if others:
-            problem = f"{key} belongs to adapter={others[0]}, this is {kind}"
-            raise UserError(problem, where="--why", fix=f"add adapter={others[0]}")
+        other = elsewhere(key, kind) if field is None else None
+        if other is not None:
+            problem, override = other
+            raise UserError(problem, where="--why", fix=f"add {override}")
         known = list(dict.fromkeys([*composed.provenance, *(k for other in ADAPTERS for k in fields_of(other))]))
         meant = familiar(key)
         close = [meant.partition("=")[0]] if meant else nearest(key, known)

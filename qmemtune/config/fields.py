@@ -118,9 +118,10 @@ def _inside(parent: Field, rest: list[str]) -> Field | None:
     return parent if keys[0] in known and (len(rest) == 2 or (len(rest) == 3 and known[keys[0]].is_dict)) else None
 
 
-def other_kinds(key: str, kind: str) -> list[str]:
-    """Kinds of adapter, other than ``kind``, that have this key."""
-    return [other for other in ADAPTERS if other != kind and key in fields_of(other)]
+def elsewhere(key: str, kind: str) -> tuple[str, str] | None:
+    """What to say of a key that another kind of adapter has, and the override that chooses it; None if none has it."""
+    others = [other for other in ADAPTERS if other != kind and key in fields_of(other)]
+    return (f"{key} belongs to adapter={others[0]}, this is {kind}", f"adapter={others[0]}") if others else None
 
 
 def nearest(name: str, valid: list[str], count: int = 1) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qmemtune.config import interpolate
 from qmemtune.config.adapters import ADAPTERS
-from qmemtune.config.fields import ADAPTER_KEY, KIND_KEY, Field, field_for, fields_of, nearest, other_kinds, sections
+from qmemtune.config.fields import ADAPTER_KEY, KIND_KEY, Field, elsewhere, field_for, fields_of, nearest, sections
 from qmemtune.config.missing import MISSING
 from qmemtune.config.overrides import unknown_key
 from qmemtune.config.schema import Config
@@ -86,13 +86,10 @@ def _problem_with_key(setting: Setting, kind: str) -> Finding | None:
         return None
     if key in sections() and not setting.is_text and (setting.value in (None, {}) or setting.reset):
         return None
-    others = other_kinds(key, kind)
-    if others:
-        return Finding(
-            f"{key} belongs to adapter={others[0]}, this is {kind}",
-            setting.where,
-            f"add adapter={others[0]}, or leave it out",
-        )
+    other = elsewhere(key, kind)
+    if other is not None:
+        problem, override = other
+        return Finding(problem, setting.where, f"add {override}, or leave it out")
     return unknown_key(setting, kind)
 
 

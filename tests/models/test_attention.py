@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qmemtune.models import attention
+from qmemtune.models import attention, short_attention
 from qmemtune.models.attention import training_attention
 
 
@@ -79,7 +79,7 @@ def test_it_stands_aside_where_it_is_not_meant(calls: list[int], monkeypatch: py
             model()(**batch)
         model(torch.float16)(**batch)
         with monkeypatch.context() as changed:
-            changed.setattr(attention, "MOST_BYTES", 100)
+            changed.setattr(short_attention, "MOST_BYTES", 100)
             model()(**batch)
         assert not calls
         model()(**batch)
@@ -97,7 +97,7 @@ def test_the_limit_is_for_all_long_rows_of_a_sequence(calls: list[int], monkeypa
     positions = torch.cat([torch.arange(12), torch.arange(12)])[None]
     # Two layers; 4 heads, two rows of 12 tokens, 2 bytes.
     for limit, expected in ((2 * 4 * 12 * 12 * 2, 4), (2 * 4 * 12 * 12 * 2 - 1, 0)):
-        monkeypatch.setattr(attention, "MOST_BYTES", limit)
+        monkeypatch.setattr(short_attention, "MOST_BYTES", limit)
         with training_attention(), attention.rows_of([12, 12]):
             model()(input_ids=ids, position_ids=positions, use_cache=False)
         assert len(calls) == expected

@@ -70,9 +70,7 @@ def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fu
     ids = torch.randint(0, 300, (work.rows, tokens))
     labels = ids.clone()
     labels[:, : tokens // 2] = -100
-    rows = [
-        dict(zip(("input_ids", "labels"), row, strict=True)) for row in zip(ids.tolist(), labels.tolist(), strict=True)
-    ]
+    rows = [{"input_ids": row.tolist(), "labels": own.tolist()} for row, own in zip(ids, labels, strict=True)]
     batch = Collator(0)(rows) if padded else without_padding(rows)
     if padded:
         batch["attention_mask"][0, -1] = 0
