@@ -4,8 +4,8 @@ Letters: B rows, H query heads, T tokens, N tokens of a sequence, D head width.
 
 **Rows one behind the other** make a batch without padding: one sequence with the tokens of all rows, and positions that
 begin again with each. transformers keeps them apart with a mask of all tokens against all; here each row has its
-attention alone, in a call of its own. What a token may see within its row (a window, a chunk) is still what
-transformers' mask function says.
+attention alone, in a call of its own, or short neighbours in one call that pads them (models.short_attention). What a
+token may see within its row (a window, a chunk) is still what transformers' mask function says.
 """
 
 from __future__ import annotations
