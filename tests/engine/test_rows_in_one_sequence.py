@@ -19,9 +19,9 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
-    OPTConfig,
     Qwen2Config,
 )
+from transformers.masking_utils import create_causal_mask
 
 from qmemtune.adapters import apply_adapter
 from qmemtune.adapters.queryable import memory_of
@@ -282,12 +282,14 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(monkeypatch):
         check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32)
 
 
-def test_positions_alone_do_not_keep_rows_apart_in_every_model():
-    config = OPTConfig(
-        vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
-        max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    model = adapted("lora", config)
+def test_positions_alone_do_not_keep_rows_apart_in_every_model(monkeypatch):
+    """Some models make their mask without the positions, as OPT does: only the rows' lengths tell the rows apart."""
+
+    def without_positions(*args, position_ids=None, **kwargs):
+        return create_causal_mask(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", without_positions)
+    model = adapted("lora")
     check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="does not keep rows of one sequence apart"):
         check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32, padding_free=False)
