@@ -39,6 +39,7 @@ class LanguageTask(Task):
             batches instead.
         device: where the model is.
         dtype: of the arithmetic.
+        copies: bytes of the dequantised copies of 4-bit weights that are kept meanwhile.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class LanguageTask(Task):
         form: BatchForm,
         device: torch.device,
         dtype: torch.dtype,
+        copies: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.data = model, tokenizer, data
+        self.copies = copies
         self.form, self._why_padded = settled(form, model, config, device=device, dtype=dtype)
         self.batching = Batching(config, self.form, data.train, tokenizer.pad_token_id)
         self.rows, self.heldout, self.report = self.batching.rows, data.heldout, data.report
@@ -122,8 +125,14 @@ class LanguageTask(Task):
         return row_order(self.batching.rows.lengths, config, self.form, world_size)
 
     def notes(self, world_size: int) -> list[str]:
-        """How batches are made."""
-        return [self.batching.line(world_size), *self._why_padded]
+        """How batches are made, and what makes them faster and takes memory."""
+        lines = [self.batching.line(world_size), *self._why_padded]
+        if self.copies:
+            lines.append(
+                f"dequantised copies of the 4-bit weights make training faster and take {self.copies / 1e6:,.0f} MB "
+                "(quantization.dequantized_copies)"
+            )
+        return lines
 
     def resolved(self, config: Config) -> Config:
         """The config with the row form that was recognised, so that prompts are rendered alike without the rows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -95,7 +95,7 @@ def train(
     for note in opened.notes if checked is None else checked.notes:
         progress.message(note)
     kernels = deterministic_kernels(config.trainer.deterministic, config.seed)
-    with in_use(opened.run) if first else nullcontext(), kernels:
+    with in_use(opened.run) if first else nullcontext(), kernels, ExitStack() as until_the_end:
         return run_in_folder(
             composed,
             opened,
@@ -107,6 +107,7 @@ def train(
             make_task=make_task,
             files=files,
             until=until,
+            until_the_end=until_the_end,
         )
 
 
@@ -122,6 +123,7 @@ def run_in_folder(
     make_task: MakeTask | None,
     files: WatchedFiles,
     until: int | None,
+    until_the_end: ExitStack,
 ) -> dict[str, Any]:
     """:func:`train` from where the run folder is this run's.
 
@@ -136,6 +138,7 @@ def run_in_folder(
         make_task: see :func:`train`.
         files: the files that the rows come from.
         until: see :func:`train`.
+        until_the_end: closed where the run ends.
     """
     config, run, memory = composed.config, opened.run, checked.memory if checked else None
     first = args.process_index == 0
@@ -147,7 +150,7 @@ def run_in_folder(
         else:
             assert checked is not None
             progress.message(f"loading the base model: {config.model.path} ...")
-            task = build(config, args, checked=checked, loads=loads)
+            task = build(config, args, checked=checked, loads=loads, until_the_end=until_the_end)
     if first:
         write_config(run, task.resolved(config))
     for line in [*task.report.lines(), *task.notes(args.world_size)]:

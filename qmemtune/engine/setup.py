@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -14,10 +16,11 @@ from qmemtune.engine.preflight import Checked
 from qmemtune.engine.regression import RegressionTask, regression_base
 from qmemtune.engine.shared import Loads
 from qmemtune.engine.task import Task
+from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.loading import load_base
 
 
-def build(config: Config, args: TrainingArguments, *, checked: Checked, loads: Loads) -> Task:
+def build(config: Config, args: TrainingArguments, *, checked: Checked, loads: Loads, until_the_end: ExitStack) -> Task:
     """Load the base model of a run that has been checked, and join it with adapter and rows.
 
     Args:
@@ -26,6 +29,7 @@ def build(config: Config, args: TrainingArguments, *, checked: Checked, loads: L
             others read them.
         checked: the run's rows and data type.
         loads: what earlier runs loaded.
+        until_the_end: closed where the run ends; the copies of 4-bit weights are kept for so long.
     """
     data, tokenizer, dtype = checked.rows.prepared, checked.rows.tokenizer, checked.dtype
     if isinstance(data, RegressionData):
@@ -41,7 +45,11 @@ def build(config: Config, args: TrainingArguments, *, checked: Checked, loads: L
     model = apply_adapter(base, config.adapter, seed=config.seed)
     if config.trainer.gradient_checkpointing:
         checkpoint_activations(base, use_reentrant=config.trainer.gradient_checkpointing_use_reentrant)
-    return LanguageTask(model, tokenizer, data, config, form=checked.form, device=args.device, dtype=dtype)
+    # Before the task is made, which tries the model in several forward passes.
+    copies = until_the_end.enter_context(dequantized_on_cpu(model, processes=args.world_size))
+    return LanguageTask(
+        model, tokenizer, data, config, form=checked.form, device=args.device, dtype=dtype, copies=copies
+    )
 
 
 def build_regression(

@@ -36,7 +36,6 @@ from qmemtune.engine.totals import Stopwatch
 from qmemtune.engine.tracking import guard_backends
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import training_attention
-from qmemtune.models.dequantized import dequantized_on_cpu
 
 
 class RunTrainer(Trainer):
@@ -94,16 +93,11 @@ class RunTrainer(Trainer):
 
     @contextmanager
     def _fast_kernels(self) -> Iterator[None]:
-        """Attention, and on a CPU 4-bit layers and fused layers, compute in faster ways meanwhile."""
+        """Attention, and on a CPU fused layers, compute in faster ways meanwhile."""
         config = self.parts.config
         attention = training_attention() if has_training_attention(config) else nullcontext()
         fused = fused_on_cpu(self.model) if has_fused_layers(config) else nullcontext()
-        with attention, dequantized_on_cpu(self.model, processes=self.args.world_size) as size, fused:
-            if size:
-                self.parts.progress.message(
-                    f"dequantised copies of the 4-bit weights make training faster and take {size / 1e6:,.0f} MB "
-                    "(quantization.dequantized_copies)"
-                )
+        with attention, fused:
             yield
 
     # Rows and order

@@ -75,35 +75,35 @@ def distilled(
     inner = RunDir(run.distilled / name_of(config, run))
     config.run_dir = str(inner.path)
     task = Distillation(live, split(data), config)
-    found = {}
-    for name, factors in starts.items():
-        task.begin_with(factors)
-        found[name] = task.kl()
-    best = min(found, key=lambda name: found[name])
-    kl_start = found[best]
-    task.begin_with(starts[best])
-    facts: dict[str, Any] = {"rank": config.adapter.r, "rows": len(data.train), "start": best}
-    if kl_start <= ENOUGH * live.config.export.max_kl:
-        progress.message(f"the fold is close enough as it is (held-out KL {kl_start:.2e}): nothing is distilled")
-        return task.factors(), {**facts, "steps": 0, "kl_start": kl_start, "kl": kl_start}
-    if inner.summary.is_file():
-        progress.message(f"taking the distillation in {inner.path}, which is finished")
-        summary = read_json(inner.summary)
-    else:
-        progress.message(f"distilling into a LoRA of rank {config.adapter.r} (held-out KL {kl_start:.2e})")
-        config.resume = ResumeConfig("auto")
-        try:
-            with dequantized_on_cpu(live.model):
+    with dequantized_on_cpu(live.model), dequantized_on_cpu(task.model):
+        found = {}
+        for name, factors in starts.items():
+            task.begin_with(factors)
+            found[name] = task.kl()
+        best = min(found, key=lambda name: found[name])
+        kl_start = found[best]
+        task.begin_with(starts[best])
+        facts: dict[str, Any] = {"rank": config.adapter.r, "rows": len(data.train), "start": best}
+        if kl_start <= ENOUGH * live.config.export.max_kl:
+            progress.message(f"the fold is close enough as it is (held-out KL {kl_start:.2e}): nothing is distilled")
+            return task.factors(), {**facts, "steps": 0, "kl_start": kl_start, "kl": kl_start}
+        if inner.summary.is_file():
+            progress.message(f"taking the distillation in {inner.path}, which is finished")
+            summary = read_json(inner.summary)
+        else:
+            progress.message(f"distilling into a LoRA of rank {config.adapter.r} (held-out KL {kl_start:.2e})")
+            config.resume = ResumeConfig("auto")
+            try:
                 summary = train(
                     Composed(config, {}, config.recipe), progress=progress, make_task=lambda args, dtype: task
                 )
-        except Interrupted as error:
-            raise Interrupted(
-                error.findings[0].problem,
-                where=str(inner.path),
-                fix="give the same command again: the distillation goes on",
-                signum=error.exit_code - 128,
-            ) from None
+            except Interrupted as error:
+                raise Interrupted(
+                    error.findings[0].problem,
+                    where=str(inner.path),
+                    fix="give the same command again: the distillation goes on",
+                    signum=error.exit_code - 128,
+                ) from None
     trained = {
         path: FoldedLayer(update.lora_A, update.lora_B, update.scaling)
         for path, update in read_updates(inner.adapter).items()
