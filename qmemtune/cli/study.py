@@ -26,8 +26,10 @@ def study(
         list[str] | None,
         typer.Argument(
             metavar="OVERRIDES",
-            help="study.seeds=0-9, study.variants=[..], study.settings=[..], study.learning_rates=[..], study.jobs=N, "
-            "study_dir=FOLDER; key=value for all runs, VARIANT:key=value for one variant's.",
+            help="study.seeds=0-9, study.variants=[..], study.settings=[..], study.jobs=N, study.learning_rates=[..] "
+            "and study.grid_seeds=[..] (of the grid for stability), study.tuning_seeds=[..] (on which settings were "
+            "chosen), study.on=NAME (ablations), study_dir=FOLDER; key=value for all runs, VARIANT:key=value for one "
+            "variant's.",
             show_default=False,
         ),
     ] = None,

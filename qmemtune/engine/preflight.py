@@ -116,14 +116,18 @@ def preflight(
         rows = load_rows(config, rejected, loads, found, progress)
     found.attempt(lambda: bitsandbytes_config(config.quantization, dtype or torch.float32))
     base = found.attempt(lambda: base_skeleton(config))
-    total, model = 0, None
+    world_size = 1 if args is None else args.world_size
+    total, model, memory = 0, None, None
     if base is not None:
         total = sum(parameter.numel() for parameter in base.parameters())
         found.attempt(lambda: check_targets(base, config.adapter, quantised=config.quantization.kind != "none"))
         own = getattr(getattr(base, "config", None), "quantization_config", None)
         found.attempt(lambda: refuse_second_quantization(config.model.path, own, config.quantization))
-        model = found.attempt(lambda: adapted_skeleton(config, base))
-    world_size = 1 if args is None else args.world_size
+        if is_regression(config):
+            model = found.attempt(lambda: adapted_skeleton(config, base))
+        else:
+            memory = found.attempt(lambda: RunMemory(config, device, base=base, dtype=dtype, processes=world_size))
+            model = None if memory is None else memory.model
     form = BatchForm.of(config, device, base=base, checkpoint=None if opened is None else opened.checkpoint)
     steps = None
     if rows is not None:
@@ -152,10 +156,13 @@ def preflight(
     assert rows is not None
     assert steps is not None
     assert model is not None
-    memory, warning = check_memory(config, device, rows, form, steps, loads, world_size=world_size)
+    adapter = describe(model)
+    estimated, warning = None, None
+    if memory is not None:
+        estimated, warning = check_memory(memory, device, rows, form, steps, loads, world_size=world_size)
     if warning is not None:
         notes = [*notes, f"warning: {warning}"]
-    return Checked(opened, dtype, rows, form, steps, total, describe(model), memory, notes)
+    return Checked(opened, dtype, rows, form, steps, total, adapter, estimated, notes)
 
 
 def load_rows(config: Config, rejected: Path | None, loads: Loads, found: Findings, progress: Progress) -> Rows | None:
@@ -245,7 +252,7 @@ def check_disk(run: RunDir, needed: int) -> None:
 
 
 def check_memory(
-    config: Config,
+    memory: RunMemory,
     device: torch.device,
     rows: Rows,
     form: BatchForm,
@@ -260,17 +267,17 @@ def check_memory(
     """
     if isinstance(rows.train, TensorRows):
         return None, None
+    config = memory.config
     workload = Workload.of(config, form, rows.train, epochs=steps.total / steps.per_epoch, world_size=world_size)
     forms = (has_fused_layers(config), has_training_attention(config))
     key = (config.model, config.quantization, config.adapter, config.optimizer, forms, workload, world_size)
 
-    def make() -> RunMemory:
-        memory = RunMemory(config, device, processes=world_size)
+    def traced() -> RunMemory:
         memory.estimate(workload)
         return memory
 
     try:
-        memory = loads.same("memory", key, make)
+        memory = loads.same("memory", key, traced)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a model's own code on tensors without numbers can fail in any way

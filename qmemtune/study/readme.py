@@ -47,10 +47,11 @@ def study_section(study: Mapping[str, Any]) -> str:
             rows.append(row)
     tuned = f" Settings were chosen on seeds {spans(study['tuning_seeds'])}." if study["tuning_seeds"] else ""
     command = f"`{study['command']}`, seeds {spans(study['seeds'])}"
-    lines = [f"**{study['title']}** ({command}). {study['about']}{tuned}", table(head, rows)]
+    lines = [f"{command}. {study['about']}{tuned}", table(head, rows)]
     if study["stability"]:
         lines.append(stability_line(study))
-    return "\n\n".join(lines)
+    # Folded where the page is rendered, so that what was found is not lost among the tables.
+    return "\n\n".join([f"<details><summary><b>{study['title']}</b></summary>", *lines, "</details>"])
 
 
 def stability_line(study: Mapping[str, Any]) -> str:

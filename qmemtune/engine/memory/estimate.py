@@ -120,7 +120,10 @@ class RunMemory:
         device: where it trains.
         runtime: resident memory without the model, bytes; that of this process now if not given.
         base: the base's skeleton, used up; if not given, it is read, and a local model folder has to hold the weights.
+        dtype: of the arithmetic; if not given, the config's.
         processes: of the run, on this machine.
+
+    ``model`` is the adapted skeleton.
 
     Raises:
         UserError: there is no such model, or it cannot have this adapter.
@@ -133,12 +136,13 @@ class RunMemory:
         *,
         runtime: float | None = None,
         base: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
         processes: int = 1,
     ) -> None:
         self.config, self.on_cpu = config, device.type == "cpu"
         self.runtime = resident_bytes() if runtime is None else runtime
         base = base_skeleton(config) if base is None else base
-        self.dtype = compute_dtype(config.model.compute_dtype, device)
+        self.dtype = dtype or compute_dtype(config.model.compute_dtype, device)
         quantization = config.quantization
         quantised = quantised_layers(base, quantization)
         self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
