@@ -21,9 +21,10 @@ import torch
 from report import spread, write_section
 
 from qmemtune.config.compose import load_resolved
+from qmemtune.data.encode import decoded
 from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import LoadedRun, load_run
-from qmemtune.evaluation.decode import decode_answer, end_tokens, greedy_answers, until_end
+from qmemtune.evaluation.decode import end_tokens, greedy_answers, until_end
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.samples import evenly_spaced
 from qmemtune.models.hardware import autocast
@@ -45,7 +46,7 @@ def one_at_a_time(live: LoadedRun, rows: list[Any], max_new_tokens: int) -> list
                 eos_token_id=ends,
                 pad_token_id=live.tokenizer.pad_token_id,
             )
-        answers.append(decode_answer(live.tokenizer, until_end(output[0, ids.shape[1] :].tolist(), ends)))
+        answers.append(decoded(live.tokenizer, until_end(output[0, ids.shape[1] :].tolist(), ends)))
     return answers
 
 

@@ -28,7 +28,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt; prompt=TEXT too.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", metavar="FILE", help="Prompts: one a line, or jsonl rows with prompt or messages."),
+        typer.Option("--file", metavar="FILE", help="Prompts: one a line, or jsonl rows with prompt, messages or a row's columns."),
     ] = None,
     instruction: Annotated[
         str | None,
@@ -146,10 +146,17 @@ def _row(line: str, where: str, findings: list[Finding]) -> dict[str, Any]:
     except ValueError as error:
         findings.append(Finding(f"not valid JSON: {error}", where))
         return {}
-    prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-    if not isinstance(prompt, str | list) or not prompt:
-        findings.append(Finding("no prompt", where, 'write {"prompt": "..."} or {"messages": [...]}'))
+    if not isinstance(row, dict) or not row or not all(row.get(name, " ") for name in ("prompt", "messages")):
+        fix = 'write {"prompt": "..."}, {"messages": [...]} or the columns of a training row'
+        findings.append(Finding("no prompt", where, fix))
         return {}
+    # A row of other columns is what a prompt template with several fields, or alpaca's form, is filled with.
+    prompt = row.get("prompt", row.get("messages", row))
+    if not isinstance(prompt, str | list | dict):
+        findings.append(Finding("the prompt is no text", where, 'write {"prompt": "..."}'))
+        return {}
+    if row.get("tools") and "messages" in row:
+        prompt = {"messages": row["messages"], "tools": row["tools"]}
     instruction = row.get("instruction")
     return {"prompt": prompt} | ({"instruction": instruction} if isinstance(instruction, str) else {})
 
@@ -179,12 +186,12 @@ def _chat(speaker: Speaker, out: Output) -> None:
 
     A run trained on conversations answers the whole conversation; any other takes each line by itself.
     """
-    from qmemtune.config.data import CONVERSATIONS
+    from qmemtune.config.data import is_chat
     from qmemtune.data.render import form_of_training_rows
 
     data = speaker.loaded.config.data
     form = data.format if data.format != "auto" else form_of_training_rows(data)
-    remembers = form in CONVERSATIONS or data.chat == "always"
+    remembers = is_chat(data, form)
     out.note("an empty line or Ctrl-D ends it" + ("; /new starts a new conversation" if remembers else ""))
     messages: list[dict[str, str]] = []
     while True:

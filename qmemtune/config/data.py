@@ -120,3 +120,8 @@ class DataConfig:
     group_by: str | None = None
     """Column whose values split evaluation results into groups."""
     regression: RegressionDataConfig = field(default_factory=RegressionDataConfig)
+
+
+def is_chat(config: DataConfig, form: str) -> bool:
+    """Whether rows of this form are rendered with the tokenizer's chat template."""
+    return form in CONVERSATIONS or config.chat == "always"

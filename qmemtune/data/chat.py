@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from qmemtune.data.conversations import Message
+from qmemtune.data.conversations import THOUGHTS, Message
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.records import RowError
 from qmemtune.errors import UserError
@@ -188,7 +188,10 @@ class ChatRenderer:
             name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
             if isinstance(name, str) and name not in whole:
                 raise RowError("the chat template leaves out the tools on offer", name)
-        self.incomplete += any(message["content"].strip() not in whole for message in conversation)
+        texts = [message["content"] for message in conversation]
+        # What was thought before earlier answers is left out by many templates, on purpose.
+        texts += [conversation[-1].get(key, "") for key in THOUGHTS]
+        self.incomplete += any(text.strip() not in whole for text in texts)
 
     @staticmethod
     def _segments(text: str, spans: Sequence[Span], losses: Sequence[bool], mark: str) -> list[Segment]:
@@ -200,6 +203,22 @@ class ChatRenderer:
         if end < len(text):
             segments.append(Segment(tuple(text[end:].split(mark)), False))
         return segments
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token with which the tokenizer's chat template ends an answer; None where there is none.
+
+    A base model's end of text is often another token, so that generation would run past the turn.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text: str = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()
+    except TEMPLATE_FAULTS:
+        return None
+    names = [name for name in Encoder(tokenizer).special_names if text.endswith(name)]
+    return int(tokenizer.convert_tokens_to_ids(max(names, key=len))) if names else None
 
 
 def check_calls(message: Message, turn: str) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 from qmemtune.data.records import RowError, as_text, is_unicode, kind_of
 
 Message = dict[str, Any]
-"""``role`` and ``content`` (text); in tool use also ``tool_calls``, ``tool_call_id`` and ``name``."""
+"""``role`` and ``content`` (text); in tool use also ``tool_calls``, ``tool_call_id`` and ``name``; of an answer also
+what was thought before it (:data:`THOUGHTS`)."""
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an answer under which data sets and chat templates have what was thought before it."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -113,15 +116,18 @@ def check_message(message: object, number: int) -> Message:
         raise RowError("an assistant message is empty", f"message {number}")
     if calls:
         result["tool_calls"] = [tool_call(call, number) for call in calls]
+    for key in THOUGHTS:
+        if role == "assistant" and message.get(key) is not None:
+            result[key] = _text(message[key], number, f"a message's {key}")
     for key in ("name", "tool_call_id"):
         if role == "tool" and isinstance(message.get(key), str) and is_unicode(message[key]):
             result[key] = message[key]
     return result
 
 
-def _text(content: object, number: int) -> str:
+def _text(content: object, number: int, what: str = "a message's content") -> str:
     try:
-        return as_text(content, "a message's content")
+        return as_text(content, what)
     except RowError as error:
         raise RowError(error.reason, f"message {number}") from None
 

@@ -32,6 +32,12 @@ class Segment:
     """Whether the end-of-sequence token closes it."""
 
 
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of tokens, without special ones; nothing is cleaned up, so that an exact answer stays exact."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
 @contextmanager
 def all_cores() -> Iterator[None]:
     """Let the tokenizer's own threads run; elsewhere they stay off, since processes that fork do not go with them."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qmemtune.config.data import CONVERSATIONS, DataConfig
+from qmemtune.config.data import DataConfig, is_chat
 from qmemtune.config.missing import MISSING
 from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder
@@ -188,7 +188,8 @@ class Preparation:
             if not parts[name]:
                 source.report.fail("no training row can be used")
         if not config.sources:
-            return parts[""]
+            # A text or a conversation may have become several rows.
+            return parts[""][: config.max_train_rows]
         weights = {name: max(source.report.weight, 1.0) for name, source in sources.items()}
         rows = mixed(parts, weights, config.split_seed)[: config.max_train_rows]
         bounds = np.cumsum([0, *(len(part.table) for part in parts.values())])
@@ -203,11 +204,11 @@ class Preparation:
     ) -> TokenRows:
         limit, part = self.config.max_eval_rows, self.report.heldout
         if apart is not None:
-            return self._tokenized(apart.examples[:limit], apart, part, "held-out rows")
+            return self._tokenized(apart.examples[:limit], apart, part, "held-out rows")[:limit]
         rows = {
             name: self._tokenized(held[name][:limit], source, part, "held-out rows") for name, source in sources.items()
         }
-        return mixed(rows, dict.fromkeys(rows, 1.0), 0)[:limit] if len(rows) > 1 else next(iter(rows.values()))
+        return (mixed(rows, dict.fromkeys(rows, 1.0), 0) if len(rows) > 1 else next(iter(rows.values())))[:limit]
 
     def _tokenized(self, examples: list[Example], source: Source, part: PartReport, what: str) -> TokenRows:
         renderer = Renderer(source.config, source.form, self.tokenizer, self.encoder)
@@ -225,10 +226,15 @@ class Preparation:
         return rows
 
     def _advise(self, source: Source) -> None:
-        is_chat = source.form in CONVERSATIONS or self.config.chat == "always"
-        if not is_chat and self.encoder.eos_token_id is None:
+        chat = is_chat(source.config, source.form)
+        if not chat and self.encoder.eos_token_id is None:
             self.report.warn("the tokenizer has no end-of-sequence token: the model does not learn to stop")
-        if not is_chat:
+        if chat and "strftime_now" in str(self.tokenizer.chat_template):
+            self.report.warn(
+                "the chat template writes the day's date into rows: on another day, without the cache, they are others "
+                "(for a fixed date give a template of your own: model.chat_template=FILE)"
+            )
+        if not chat:
             self.report.warn(glued(self.trained[:LOOK_AT], self.config))
         if self.report.split_conversations:
             self.report.warn(

@@ -74,7 +74,8 @@ def kind_of(value: object) -> str:
     if isinstance(value, bool):
         return "true/false"
     if isinstance(value, int | float):
-        return "a number" if math.isfinite(value) else "not a number (NaN or infinity)"
+        # A whole number may be too large to be asked whether it is finite.
+        return "a number" if isinstance(value, int) or math.isfinite(value) else "not a number (NaN or infinity)"
     if isinstance(value, str):
         return "text"
     if isinstance(value, list | tuple):

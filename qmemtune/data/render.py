@@ -7,14 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qmemtune.config.data import CONVERSATIONS, DataConfig
+from qmemtune.config.data import CONVERSATIONS, DataConfig, is_chat
 from qmemtune.data.chat import ChatRenderer
-from qmemtune.data.conversations import Message, check_message
+from qmemtune.data.conversations import Message, check_message, tool_list
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.examples import Example, ExampleMaker, template
 from qmemtune.data.formats import alpaca_prompt
 from qmemtune.data.mixture import source_configs
-from qmemtune.data.records import RawRow, RowError
+from qmemtune.data.records import RawRow, RowError, as_text
 from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.templates import TextParts
 from qmemtune.errors import UserError
@@ -49,8 +49,7 @@ class Renderer:
                 where="data.chat",
                 fix="set data.chat=auto, or turn the rows into prompt and completion columns",
             )
-        is_chat = form in CONVERSATIONS or config.chat == "always"
-        self.chat = ChatRenderer(tokenizer, self.encoder) if is_chat else None
+        self.chat = ChatRenderer(tokenizer, self.encoder) if is_chat(config, form) else None
 
     def training_rows(self, example: Example) -> list[list[Segment]]:
         """Rows of segments; the last segment is the (last) answer, all before it are its prompt.
@@ -76,15 +75,18 @@ class Renderer:
         leading = [] if self.chat is not None else self.encoder.bos_ids
         return [*leading, *(token for ids in self.encoder.encode([segments])[0] for token in ids)]
 
-    def prompt(self, prompt: TextParts | Sequence[Message], user: str) -> list[Segment]:
-        """Segments of a prompt: a conversation, or text (dressed for plain rendering, bare as ``user`` for a chat)."""
+    def prompt(
+        self, prompt: TextParts | Sequence[Message], user: str, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[Segment]:
+        """Segments of a prompt: a conversation with the functions on offer, or text (dressed for plain rendering, bare
+        as ``user`` for a chat)."""
         system = self.config.system or ""
         if self.chat is None:
             return [self._plain_prompt(system, tuple(prompt))]  # type: ignore[arg-type]
         conversation = [m for m in prompt if isinstance(m, dict)] or [{"role": "user", "content": user}]
         if not any(m["role"] in ("system", "developer") for m in conversation):
             conversation = [*self._system(system), *conversation]
-        return self.chat.prompt(conversation)
+        return self.chat.prompt(conversation, tools)
 
     @staticmethod
     def _system(text: str) -> list[Message]:
@@ -106,28 +108,32 @@ class Renderer:
 
 
 def render_prompt(
-    config: DataConfig, tokenizer: Any, prompt: str | Sequence[Message] | Mapping[str, str], *, form: str | None = None
+    config: DataConfig, tokenizer: Any, prompt: str | Sequence[Message] | Mapping[str, Any], *, form: str | None = None
 ) -> list[int]:
     """Token ids that ``generate`` is fed for a prompt: rendered as the prompts of the training rows were.
 
     Args:
-        config: the data options of the run.
+        config: the data options of the run; of several sets the first one's.
         tokenizer: the run's tokenizer.
         prompt: the prompt's text (the one field of the prompt template, if there is one), a conversation that ends
-            with the turn to answer, or the columns of a row for a template with several fields.
+            with the turn to answer, or the columns of a row: those of the prompt, or ``messages`` and ``tools``.
         form: name of the row form; without it ``config.format``, and for auto the form of the training rows, if they
             are still there.
 
     Raises:
         UserError: the prompt does not fit the rendering, or is empty.
     """
+    config = next(iter(source_configs(config).values()))
+    tools: Any = []
+    if isinstance(prompt, Mapping) and "messages" in prompt:
+        prompt, tools = prompt["messages"], prompt.get("tools") or []
     if not isinstance(prompt, str | Mapping):
         try:
             conversation = [check_message(message, number) for number, message in enumerate(prompt, start=1)]
             if not conversation or conversation[-1]["role"] == "assistant":
                 raise RowError("the conversation must end with a turn to answer")
             renderer = Renderer(config, "messages", tokenizer)
-            return renderer.prompt_ids(renderer.prompt(conversation, ""))
+            return renderer.prompt_ids(renderer.prompt(conversation, "", tool_list(tools)))
         except RowError as error:
             raise UserError(str(error), where="prompt") from error
     form = form or (config.format if config.format != "auto" else form_of_training_rows(config))
@@ -142,8 +148,12 @@ def render_prompt(
     return ids
 
 
-def prompt_parts(config: DataConfig, form: str, prompt: str | Mapping[str, str]) -> tuple[TextParts, str]:
-    """A prompt dressed for plain rendering, and bare for a chat."""
+def prompt_parts(config: DataConfig, form: str, prompt: str | Mapping[str, Any]) -> tuple[TextParts, str]:
+    """A prompt dressed for plain rendering, and bare for a chat.
+
+    Raises:
+        RowError: a column is no text, or none of them is a prompt.
+    """
     text_template = template(config.prompt_template, "data.prompt_template")
     if text_template is not None and form not in CONVERSATIONS:
         fields = text_template.fields
@@ -152,20 +162,30 @@ def prompt_parts(config: DataConfig, form: str, prompt: str | Mapping[str, str])
                 raise UserError(
                     f"the prompt template has several fields ({', '.join(fields)}) and the prompt is one text",
                     where="data.prompt_template",
-                    fix="give the fields by name",
+                    fix="give rows of a file with these columns (--file prompts.jsonl)",
                 )
             prompt = dict.fromkeys(fields, prompt)
         values = prompt
         text_template.check(list(values) or fields)
-        parts = text_template.render(lambda name: values[name])
+        parts = text_template.render(lambda name: column_text(values[name], name))
         return parts, "".join(text for _, text in parts)
     if isinstance(prompt, Mapping):
-        asked, extra = prompt.get("instruction") or prompt.get("prompt", ""), prompt.get("input", "")
+        named = {field: prompt.get(config.columns.get(field, field)) for field in ("instruction", "prompt", "input")}
+        # Beside a prompt an instruction is text for the instruction prior.
+        column = "prompt" if named["prompt"] and form != "alpaca" else "instruction"
+        if not named[column]:
+            raise RowError("no prompt", f"the columns are {', '.join(prompt)}")
+        asked, extra = (column_text(named[field] or "", field) for field in (column, "input"))
     else:
         asked, extra = prompt, ""
     if form == "alpaca":
         return ((False, alpaca_prompt(asked, extra)),), f"{asked}\n\n{extra}" if extra.strip() else asked
     return ((False, asked),), asked
+
+
+def column_text(value: object, name: str) -> str:
+    """A column of a prompt as text; numbers are written out."""
+    return str(value) if isinstance(value, int | float) else as_text(value, f"column '{name}'")
 
 
 def form_of_training_rows(config: DataConfig, look_at: int = 64) -> str:

@@ -59,7 +59,10 @@ class SourceReport:
         for reason, count in reasons[:REASONS_SHOWN]:
             rows = [row for row in self.rejected if row.reason == reason][:EXAMPLES_SHOWN]
             shown = "; ".join(
-                f"line {row.line}" + (f" ({row.detail})" if row.detail else "") + f": {row.excerpt[:80]}"
+                ("" if row.file == self.path else f"{row.file}:")
+                + f"line {row.line}"
+                + (f" ({row.detail})" if row.detail else "")
+                + f": {row.excerpt[:80]}"
                 for row in rows
             )
             findings.append(Finding(f"{count} x {reason}: {shown}", self.path))

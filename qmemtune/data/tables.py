@@ -19,7 +19,7 @@ LONGEST_FIELD = 2**31 - 1
 
 
 def read_csv(path: Path) -> Iterator[RawRow | Rejected]:
-    """Rows of a file with a header line; comma, semicolon or tab is told from the header.
+    """Rows of a file with a header line; what separates columns is told by the header, and in a .tsv is a tab.
 
     A quote that is never closed takes in every later line: that is an error of the file, not of one row.
 
@@ -31,7 +31,7 @@ def read_csv(path: Path) -> Iterator[RawRow | Rejected]:
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         with io.TextIOWrapper(open_bytes(path), newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            delimiter = guess_delimiter(file.readline())
+            delimiter = "\t" if ".tsv" in path.suffixes[-2:] else guess_delimiter(file.readline())
             file.seek(0)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             header: list[str] | None = None
@@ -47,6 +47,10 @@ def read_csv(path: Path) -> Iterator[RawRow | Rejected]:
                             "a quote opened here is never closed, so the rest of the file is one field",
                             where=f"{name}:{line}",
                             fix='close the quote, or double it ("") where it is part of the text',
+                        ) from error
+                    if header is None:
+                        raise UserError(
+                            f"the header cannot be read: {error}", where=f"{name}:{line}", fix="mend the quotes"
                         ) from error
                     yield Rejected(name, line, "malformed CSV", str(error))
                     continue

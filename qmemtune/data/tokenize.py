@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qmemtune.config.data import DataConfig
-from qmemtune.data.encode import Segment
+from qmemtune.data.encode import Segment, decoded
 from qmemtune.data.examples import Example
 from qmemtune.data.records import Rejected, RowError
 from qmemtune.data.render import Renderer
@@ -34,7 +34,7 @@ def tokenize(
     """
     builder, rejected = RowBuilder(), []
     for start in range(0, len(examples), CHUNK):
-        rendered: list[tuple[Example, list[Segment]]] = []
+        rendered: list[tuple[Example, list[list[Segment]]]] = []
         for example in examples[start : start + CHUNK]:
             try:
                 parts = renderer.training_rows(example)
@@ -42,16 +42,24 @@ def tokenize(
                 rejected.append(example.raw.rejected(error))
                 continue
             report.split_conversations += len(parts) > 1
-            rendered.extend((example, segments) for segments in parts)
-        encoded = renderer.encoder.encode([segments for _, segments in rendered])
-        for (example, segments), ids in zip(rendered, encoded, strict=True):
-            try:
-                if renderer.form == "text":
-                    add_text(builder, example, ids[0], renderer, config, part)
-                else:
-                    add_row(builder, example, segments, ids, renderer, config, part)
-            except RowError as error:
-                rejected.append(example.raw.rejected(error))
+            rendered.append((example, parts))
+        encoded = iter(renderer.encoder.encode([segments for _, parts in rendered for segments in parts]))
+        for example, parts in rendered:
+            errors: list[RowError] = []
+            for segments in parts:
+                ids = next(encoded)
+                try:
+                    if renderer.form == "text":
+                        add_text(builder, example, ids[0], renderer, config, part)
+                    else:
+                        add_row(builder, example, segments, ids, renderer, config, part)
+                except RowError as error:
+                    errors.append(error)
+            if len(errors) == len(parts):
+                rejected.append(example.raw.rejected(errors[0]))
+            else:
+                # Of a conversation that became a row an answer, what is over data.max_length is cut.
+                part.truncated += len(errors)
         progress(min(start + CHUNK, len(examples)))
     return builder.rows(), rejected
 
@@ -99,10 +107,25 @@ def add_row(
         prompt_length,
         spans,
         instruction=example.instruction,
-        answer=example.answer,
+        answer=reference(example, segments[-1], ids[-1], renderer),
         group=example.group,
         origin=example.raw.origin,
     )
+
+
+def reference(example: Example, segment: Segment, ids: Sequence[int], renderer: Renderer) -> str:
+    """The answer of a row, as the model would generate it.
+
+    A chat template may dress an answer (with an empty thought, or a tool call's own form), and of a conversation that
+    became several rows each has another: then it is what the row's own tokens say.
+    """
+    answer = example.answer
+    if renderer.chat is None:
+        return answer
+    text = "".join(segment.pieces).strip()
+    rest = text.removeprefix(answer.strip()).strip()
+    plain = text.startswith(answer.strip()) and (not rest or rest in renderer.encoder.special_names)
+    return answer if plain else decoded(renderer.encoder.tokenizer, ids)
 
 
 def add_text(

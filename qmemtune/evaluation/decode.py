@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qmemtune.data.chat import turn_end
+from qmemtune.data.encode import decoded
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.head import keep_head_input_contiguous
@@ -57,17 +59,11 @@ def greedy_answers(
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )
             for i, new in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = decode_answer(tokenizer, until_end(new, ends))
+                answers[i] = decoded(tokenizer, until_end(new, ends))
             done += len(indices)
             if progress is not None:
                 progress(done)
     return answers
-
-
-def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of generated tokens; nothing is cleaned up, so that an exact answer stays exact."""
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
 
 
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
@@ -79,13 +75,16 @@ def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and all of the model's."""
+    """Every token that ends an answer: the tokenizer's, all of the model's, and the one that ends a turn of a chat."""
     found: list[int] = []
     for owner in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
         ids = getattr(owner, "eos_token_id", None)
         for token in ids if isinstance(ids, list | tuple) else [ids]:
             if token is not None and token not in found:
                 found.append(int(token))
+    end = turn_end(tokenizer)
+    if end is not None and end not in found:
+        found.append(end)
     return found or [int(tokenizer.pad_token_id or 0)]
 
 

@@ -13,14 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from qmemtune.adapters.queryable import FixedWeights
 from qmemtune.config.schema import Config
+from qmemtune.data.encode import decoded
+from qmemtune.data.mixture import source_configs
 from qmemtune.data.render import render_prompt
-from qmemtune.evaluation.decode import decode_answer, end_tokens, start_token
+from qmemtune.evaluation.decode import end_tokens, start_token
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
 from qmemtune.models.bitsandbytes import keep_4bit_trainable
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast
 
-Prompt = str | Sequence[dict[str, str]] | Mapping[str, str]
+Prompt = str | Sequence[dict[str, Any]] | Mapping[str, Any]
 """A prompt's text, a conversation, or the columns of a row."""
 
 UNFINISHED = "\ufffd"
@@ -63,7 +65,7 @@ def stream_answer(
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         seed: makes drawing repeatable. The global random state is not touched either way.
     """
-    config = loaded.config.data
+    config = next(iter(source_configs(loaded.config.data).values()))
     ids = render_prompt(config, loaded.tokenizer, prompt)
     if instruction is None:
         instruction = default_instruction(config.instruction, config.system, prompt)
@@ -111,11 +113,11 @@ def stream_ids(
             if token in ends:
                 break
             generated.append(token)
-            text = decode_answer(tokenizer, generated)
+            text = decoded(tokenizer, generated)
             if not text.endswith(UNFINISHED) and text.startswith(told) and text != told:
                 yield text[len(told) :]
                 told = text
-    rest = decode_answer(tokenizer, generated)[len(told) :]
+    rest = decoded(tokenizer, generated)[len(told) :]
     if rest:
         yield rest
 
@@ -183,6 +185,8 @@ def default_instruction(kind: str, system: str | None, prompt: Prompt) -> str:
         kind: ``data.instruction``.
         system: the system prompt put before conversations that have none.
     """
+    if isinstance(prompt, Mapping) and "messages" in prompt:
+        prompt = prompt["messages"]
     if isinstance(prompt, Mapping):
         given = {"user": prompt.get("instruction") or prompt.get("prompt"), "column": prompt.get("instruction")}
         return (given | {"system": prompt.get("system") or system}).get(kind) or ""

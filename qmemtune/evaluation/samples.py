@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qmemtune.config.evaluation import SamplesConfig
-from qmemtune.evaluation.decode import decode_answer, greedy_answers
+from qmemtune.data.encode import decoded
+from qmemtune.evaluation.decode import greedy_answers
 from qmemtune.evaluation.forward import Autocast, Instructions
 
 Row = TypeVar("Row")
@@ -56,7 +57,7 @@ def sample_answers(
         autocast=autocast,
     )
     return [
-        Sample(decode_answer(tokenizer, row["prompt_ids"]), output, str(row["answer"]))
+        Sample(decoded(tokenizer, row["prompt_ids"]), output, str(row["answer"]))
         for row, output in zip(chosen, outputs, strict=True)
     ]
 

@@ -17,6 +17,7 @@ from qmemtune.errors import UserError
 from qmemtune.export.shards import Shard, read_shard
 from qmemtune.models.failures import explained
 from qmemtune.models.sources import INDEX, Source, weight_files
+from qmemtune.rundir import write_json
 
 SINGLE = "model.safetensors"
 KEPT = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -32,6 +33,22 @@ TOKENIZER = (
 )
 CODE = "*.py"
 """A model's own Python code; kept only where its config names it."""
+
+
+def end_generation_at(folder: Path, token: int) -> None:
+    """Let servers end an answer at this token too: a base model's own end of text is often another than a chat's.
+
+    Args:
+        folder: a model's, with its config.json; its generation_config.json is written if it does not say so yet.
+        token: the id.
+    """
+    file = folder / KEPT[0]
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ends = content.get("eos_token_id", config.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if token not in ends:
+        write_json(file, {**content, "eos_token_id": [*ends, token]})
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qmemtune.config.data import is_chat
 from qmemtune.config.schema import Config
+from qmemtune.data.chat import turn_end
+from qmemtune.data.mixture import source_configs
 from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.export.base_choice import compare_bases
+from qmemtune.export.basefiles import end_generation_at
 from qmemtune.export.card import write_card
 from qmemtune.export.destination import check_destination, written_whole
 from qmemtune.export.distill import distilled
@@ -94,7 +98,7 @@ def write(job: Export, folder: Path) -> None:
             rows = calibration_data(job, config.export.distill_rows)
             # Neither fold is always the nearer one: errors of one layer change the inputs of the next.
             starts = {"least_squares": folded, "mean": folded_layers(job.live, calibration, "mean")}
-            folded, result["distillation"] = distilled(job.run, job.live, starts, rows, job.progress)
+            folded, result["distillation"] = distilled(job.run, job.live, starts, calibration, rows, job.progress)
             job.seconds["distill"] = time.perf_counter() - start
         base = job.live.model.get_base_model()
         write_folded_lora(lora, base, folded, job.source, dropout=config.adapter.dropout)
@@ -138,5 +142,9 @@ def write_merged(job: Export, folder: Path, lora: Path, calibration: Sequence[An
     merged = merge.run(folder, keep_tokenizer=keep_tokenizer)
     if not keep_tokenizer:
         job.tokenizer().save_pretrained(folder)
+    chat = any(is_chat(data, data.format) for data in source_configs(config.data).values())
+    end = turn_end(job.tokenizer()) if chat else None
+    if end is not None:
+        end_generation_at(folder, end)
     job.seconds |= merged.pop("seconds")
     result |= merged

@@ -77,8 +77,32 @@ def test_jsonl_rows_and_json_answers(capsys, stdin, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"question": "a", "context": "b"}, {"question": "a", "context": "b"}),
+        ({"messages": [1], "tools": [2]}, {"messages": [1], "tools": [2]}),
+    ],
+)
+def test_rows_of_other_columns_are_prompts_too(capsys, stdin, tmp_path, monkeypatch, row, prompt):
+    asked = []
+    monkeypatch.setattr(
+        sys.modules["qmemtune.evaluation.generate"],
+        "stream_answer",
+        lambda loaded, p, **_: asked.append(p) or iter("x"),
+    )
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    assert main(["generate", "--file", "p.jsonl"]) == 0
+    assert asked == [prompt]
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
-    [("", "holds no prompt"), ('{"prompt": "a"}\n{x\n', "p.jsonl:2: not valid JSON"), ("[1]", "p.jsonl:1: no prompt")],
+    [
+        ("", "holds no prompt"),
+        ('{"prompt": "a"}\n{x\n', "p.jsonl:2: not valid JSON"),
+        ("[1]", "p.jsonl:1: no prompt"),
+        ('{"prompt": 5}', "p.jsonl:1: the prompt is no text"),
+    ],
 )
 def test_bad_files_are_named(capsys, stdin, tmp_path, text, problem):
     (tmp_path / "p.jsonl").write_text(text)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from qmemtune.config.data import DataConfig
+from qmemtune.data.chat import turn_end
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.render import render_prompt
 from qmemtune.errors import UserError
+from qmemtune.evaluation.decode import end_tokens
 
 STRIPPING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
@@ -78,6 +81,51 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_row_an_answer(write_ro
     assert any("one row an answer" in line for line in data.report.lines())
 
 
+def test_the_reference_of_a_row_is_what_it_teaches(write_rows, chat_tokenizer):
+    """A template may dress an answer, and of several rows of a conversation each has its own."""
+    rewritten = prepared(write_rows, chat_tokenizer(REWRITING)).train
+    assert [row["answer"] for row in rewritten] == ["(no thought)\n 1\n", "(no thought)\n\n2 "]
+    assert prepared(write_rows, chat_tokenizer(STRIPPING)).train[0]["answer"].strip() == "2"
+
+
+def test_an_answer_that_is_too_long_does_not_reject_the_rest_of_its_conversation(write_rows, chat_tokenizer):
+    turns = [*TURNS[:2], {"role": "user", "content": "and " * 40 + "?"}, TURNS[-1]]
+    data = prepared(write_rows, chat_tokenizer(REWRITING), turns, max_length=60)
+    assert len(data.train) == 1
+    assert data.report.sources[0].rejected == []
+    assert data.report.train.truncated == 1
+
+
+def test_what_was_thought_is_rendered_or_missed(write_rows, chat_tokenizer, in_loss):
+    turns = [TURNS[0], {"role": "assistant", "content": "4", "reasoning_content": "2+2=4"}]
+    data = prepared(write_rows, chat_tokenizer(THINKING), turns)
+    assert in_loss(data.train[0]) == "<think>2+2=4</think>4<|im_end|>"
+    assert data.train[0]["answer"] == "<think>2+2=4</think>4"
+    assert data.report.incomplete_conversations == 0
+    assert prepared(write_rows, chat_tokenizer(STRIPPING), turns).report.incomplete_conversations == 1
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(STRIPPING, "<|im_end|>"), ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", None), (None, None)],
+)
+def test_the_token_that_ends_a_turn(chat_tokenizer, template, end):
+    """A base model's own end of text is often another one."""
+    tokenizer = chat_tokenizer(template)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert turn_end(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+    ends = [] if end is None else [turn_end(tokenizer)]
+    assert end_tokens(nn.Linear(1, 1), tokenizer) == [tokenizer.eos_token_id, *ends]
+
+
 def test_a_template_that_cannot_be_masked_is_refused_with_the_reason(write_rows, chat_tokenizer):
     with pytest.raises(UserError, match="cannot be masked safely") as caught:
         prepared(write_rows, chat_tokenizer(PROMPT_NOT_A_PREFIX))
@@ -110,6 +158,11 @@ def test_a_template_without_a_closing_token_is_warned_about(write_rows, chat_tok
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     assert any("may not stop" in line for line in prepared(write_rows, chat_tokenizer(template)).report.lines())
+
+
+def test_a_template_with_the_days_date_is_warned_about(write_rows, chat_tokenizer):
+    dated = "{{ strftime_now('%Y') }}" + STRIPPING
+    assert any("the day's date" in line for line in prepared(write_rows, chat_tokenizer(dated)).report.lines())
 
 
 def test_never_chat_is_refused_for_conversations(write_rows, tokenizer):

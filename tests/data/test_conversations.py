@@ -147,6 +147,13 @@ def test_plain_text_is_all_in_the_loss_and_goes_on_where_max_length_ends_it(writ
         assert 0 < len(row["prompt_ids"]) < len(row["input_ids"])
 
 
+@pytest.mark.parametrize("key", ["max_train_rows", "max_eval_rows"])
+def test_a_limit_of_rows_counts_those_that_a_text_becomes(write_rows, tokenizer, key):
+    path = write_rows([{"text": "one two three four " * 20}, {"text": "five six seven " * 20}])
+    data = prepare_data(DataConfig(path=path, eval_fraction=0.5, max_length=16, **{key: 3}), tokenizer)
+    assert len(data.train if key == "max_train_rows" else data.heldout) == 3
+
+
 def test_plain_texts_are_split_by_row(write_rows, tokenizer):
     path = write_rows([{"text": f"text number {i}"} for i in range(20)])
     data = prepare_data(DataConfig(path=path, eval_fraction=0.2), tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -178,3 +179,18 @@ def test_uploads_are_private_by_default(make_run, monkeypatch) -> None:
     with pytest.raises(RunFailed, match="on disk, but was not uploaded"):
         push(folder, config.export, FakeHub(fails=True))
     assert AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("chat", "ends"), [("always", ["<|im_end|>"]), ("auto", [])])
+def test_a_chat_ends_where_its_turns_end(make_run, base_folder, tmp_path, chat: str, ends: list[str]) -> None:
+    """Also where the base ends texts with another token, as base models do."""
+    base = tmp_path / "base"
+    shutil.copytree(base_folder("llama"), base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.bos_token_id}))
+    run, config = make_run(LoraConfig(r=4), base_path=base, format="merged", fidelity=False)
+    config.data.chat = chat
+    file = Path(export_run(run, config)["path"]) / "generation_config.json"
+    found = json.loads(file.read_text())["eos_token_id"]
+    named = tokenizer.convert_ids_to_tokens(found if isinstance(found, list) else [found])
+    assert named == [tokenizer.bos_token, *ends]
