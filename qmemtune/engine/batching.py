@@ -72,7 +72,8 @@ class BatchForm:
             row_by_row = has_training_attention(config) and (base is None or takes_attention(base))
             whole_routes = isinstance(adapter, QueryableConfig) and adapter.granularity == "row"
             reentrant = trainer.gradient_checkpointing and trainer.gradient_checkpointing_use_reentrant
-            padding_free = device.type == "cpu" and row_by_row and not whole_routes and not reentrant
+            wanted = (device.type == "cpu" and row_by_row) or (trainer.packing and is_flash(config))
+            padding_free = wanted and not whole_routes and not reentrant
         return cls.with_padding(config, padding_free=padding_free)
 
     @classmethod
@@ -84,6 +85,11 @@ class BatchForm:
     def settings(self) -> dict[str, bool]:
         """By the options' names, for :func:`qmemtune.engine.made_with.made_with`."""
         return {key: getattr(self, key.removeprefix("trainer.")) for key in BATCHES}
+
+
+def is_flash(config: Config) -> bool:
+    """Whether the run asks for FlashAttention, which tells the rows of a pack apart in a batch of one sequence only."""
+    return "flash" in (config.model.attn_implementation or "")
 
 
 def takes_attention(base: nn.Module) -> bool:
@@ -184,7 +190,9 @@ def check_rows_stay_apart(
             kernels = training_attention() if own_attention else nullcontext()
             # Attention in training is another than without gradients.
             with kernels, rows_of([6, 7] if padding_free else None), torch.enable_grad():
-                packed = logits(input_ids=ids, position_ids=positions).detach()
+                # Of a batch with several sequences some kernels do not look at the positions.
+                batch = 1 if padding_free else 2
+                packed = logits(input_ids=ids.repeat(batch, 1), position_ids=positions.repeat(batch, 1))[:1].detach()
             joined = logits(input_ids=ids)
     except Exception as error:
         if is_out_of_memory(error):

@@ -15,7 +15,7 @@ from qmemtune.engine.lock import refuse_if_in_use
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype
-from qmemtune.rundir import RUN_FORMAT, RunDir, check_format, new_run_path, read_json
+from qmemtune.rundir import FORMAT_FILE, RUN_FORMAT, RunDir, check_format, new_run_path, read_json
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,20 @@ def choose(config: Config, make: bool) -> Opened:
         return newest(config)
     checkpoint = checked(Path(config.resume.path).expanduser())
     # A checkpoint lies in <run>/checkpoints/.
-    run = RunDir(Path(config.run_dir).expanduser() if config.run_dir else checkpoint.path.absolute().parent.parent)
-    if not config.run_dir and not run.config.is_file():
+    own = RunDir(checkpoint.path.absolute().parent.parent)
+    if config.run_dir and Path(config.run_dir).expanduser().resolve() != own.path.resolve():
+        return Opened(new_folder(config, make), checkpoint, [])
+    if not own.config.is_file():
         raise UserError(
             "the checkpoint does not lie in a run folder",
             where=config.resume.path,
             fix="add run_dir=FOLDER for the new run",
         )
-    return Opened(run, checkpoint, [])
+    return Opened(RunDir(Path(config.run_dir).expanduser()) if config.run_dir else own, checkpoint, [])
 
 
 def new_folder(config: Config, make: bool) -> RunDir:
-    """The folder of a run that starts at step 0."""
+    """The folder of a run that starts at step 0, or from another run's checkpoint."""
     if config.run_dir is None:
         return RunDir(new_run_path(config.recipe, make=make))
     run = RunDir(Path(config.run_dir).expanduser())
@@ -77,7 +79,22 @@ def new_folder(config: Config, make: bool) -> RunDir:
         raise UserError("run_dir holds a finished run", where=str(run.path), fix=again)
     if found_checkpoints(run.checkpoints):
         raise UserError("run_dir holds checkpoints of an unfinished run", where=str(run.path), fix=again)
+    refuse_foreign(run)
     return run
+
+
+def refuse_foreign(run: RunDir) -> None:
+    """Raise UserError for a folder that no run has made, and that holds what one would replace."""
+    if (run.path / FORMAT_FILE).is_file():
+        return
+    replaced = (run.config, run.environment, run.adapter, run.checkpoints, *run.logs)
+    foreign = [path.name for path in replaced if path.exists()]
+    if foreign:
+        raise UserError(
+            f"run_dir is no run's folder, and holds {', '.join(foreign)}, which a run would replace",
+            where=str(run.path),
+            fix="choose another run_dir, or move what is there",
+        )
 
 
 def newest(config: Config) -> Opened:
@@ -97,6 +114,7 @@ def newest(config: Config) -> Opened:
         # Starting anew would delete what may still be repaired.
         way = f"put a whole copy of one in its place, or delete {run.checkpoints} to start at step 0"
         raise UserError.many([replace(finding, fix=way) for finding in damaged])
+    refuse_foreign(run)
     return Opened(run, None, [f"no checkpoint in {run.checkpoints}: starting at step 0"])
 
 

@@ -238,6 +238,36 @@ def test_only_gated_units_with_silu_are_replaced() -> None:
     assert gated_forward(gemma.model.layers[0].mlp) is None
 
 
+class ScaledMLP(modeling_llama.LlamaMLP):
+    """With a multiplier in between, as Falcon-H1's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x) * 0.9))
+
+
+class ClampedMLP(modeling_llama.LlamaMLP):
+    """With a limit, as Step's and DeepSeek's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7.0) * self.up_proj(x))
+
+
+class WideMLP(modeling_llama.LlamaMLP):
+    """With a product in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        opened = self.act_fn(self.gate_proj(x)).float() * self.up_proj(x).float() / 3 * 3.1
+        return self.down_proj(opened.to(x.dtype))
+
+
+@pytest.mark.parametrize("kind", [ScaledMLP, ClampedMLP, WideMLP])
+def test_only_gated_units_that_compute_the_same_are_replaced(kind: type[nn.Module]) -> None:
+    module = kind(BASES["llama"])
+    state = torch.get_rng_state()
+    assert gated_forward(module) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_rotary_embeddings_are_replaced_while_training_where_they_compute_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -168,6 +168,31 @@ def test_a_checkpoint_that_does_not_fit_is_refused(composed):
         train(composed(f"resume={path}"))
 
 
+def test_another_runs_folder_is_not_gone_on_into(composed, tmp_path):
+    summary = train(composed("trainer.max_steps=1", "evaluation.at_end=false"))
+    checkpoint = Path(summary["run_dir"]) / "checkpoints" / "checkpoint-1"
+    fork = ("trainer.max_steps=2", f"resume={checkpoint}", "resume.allow_changes=true")
+    forked = Path(train(composed(*fork, run="fork"))["run_dir"])
+    kept = {file: file.read_bytes() for file in forked.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="run_dir holds a finished run"):
+        train(composed(*fork, run="fork"))
+    assert {file: file.read_bytes() for file in forked.rglob("*") if file.is_file()} == kept
+
+
+@pytest.mark.parametrize("resume", [(), ("resume=auto",)])
+def test_a_folder_that_no_run_has_made_keeps_what_it_holds(composed, tmp_path, resume):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "notes.txt").touch()
+    (project / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(UserError, match=r"no run's folder, and holds config\.yaml"):
+        train(composed(*resume, run="project"))
+    assert (project / "config.yaml").read_text() == "mine: true\n"
+    (project / "config.yaml").unlink()
+    train(composed(*resume, "trainer.max_steps=1", run="project"))
+    assert (project / "notes.txt").is_file()
+
+
 def test_checkpoints_are_rotated_and_whole(composed):
     summary = train(composed("trainer.save_steps=1", "trainer.save_total_limit=2", "evaluation.at_end=false"))
     root = Path(summary["run_dir"]) / "checkpoints"

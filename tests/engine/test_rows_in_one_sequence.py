@@ -295,6 +295,20 @@ def test_positions_alone_do_not_keep_rows_apart_in_every_model(monkeypatch):
         check_rows_stay_apart(model, "trainer.packing", torch.device("cpu"), torch.float32, padding_free=False)
 
 
+def test_packs_are_tried_in_a_batch_of_several(monkeypatch):
+    """FlashAttention looks at the positions of a batch of one sequence only."""
+
+    def of_one_sequence(*args, position_ids=None, **kwargs):
+        alone = kwargs["inputs_embeds"].shape[0] == 1
+        return create_causal_mask(*args, position_ids=position_ids if alone else None, **kwargs)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", of_one_sequence)
+    with pytest.raises(UserError, match="does not keep rows of one sequence apart"):
+        check_rows_stay_apart(
+            adapted("lora"), "trainer.packing", torch.device("cpu"), torch.float32, padding_free=False
+        )
+
+
 def test_memory_that_runs_out_in_the_check_says_nothing_about_the_model(monkeypatch):
     model = adapted("lora")
 
@@ -356,6 +370,8 @@ def test_routes_of_whole_rows_cannot_be_in_one_sequence():
         ("sdpa", "cpu", ("model.attn_implementation=sdpa",), False),
         ("sdpa", "cpu", ("trainer.gradient_checkpointing=true",), True),
         ("sdpa", "cpu", (*REENTRANT,), False),
+        ("eager", "cuda", ("model.attn_implementation=flash_attention_2",), False),
+        ("eager", "cuda", ("model.attn_implementation=flash_attention_2", "trainer.packing=true"), True),
     ],
 )
 def test_rows_are_padded_where_nothing_else_is_known_to_be_faster(composed, kernel, device, overrides, free):
@@ -422,6 +438,21 @@ def test_a_run_that_began_with_padded_rows_goes_on_with_them(composed, recorder,
     resumed = train(composed(*LONG, "resume=auto", run="half"), progress=progress)
     assert "like length" in batches_line(progress)
     assert adapter_bytes(Path(resumed["adapter"])) == adapter_bytes(Path(whole["adapter"]))
+
+
+def test_a_run_that_began_without_padding_goes_on_without(composed, recorder, adapter_bytes):
+    """Also where a new run would pad: with an attention that compares all tokens of a sequence."""
+    eager = ("model.attn_implementation=eager", *LONG)
+    whole = train(composed("trainer.padding_free=true", *eager, run="whole"))
+    run = Path(train(composed("trainer.padding_free=true", *eager, run="half"))["run_dir"])
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    progress = recorder()
+    resumed = train(composed(*eager, "resume=auto", run="half"), progress=progress)
+    assert "one behind the other" in batches_line(progress)
+    assert adapter_bytes(Path(resumed["adapter"])) == adapter_bytes(Path(whole["adapter"]))
+    new = recorder()
+    train(composed(*eager, run="new"), progress=new)
+    assert "one behind the other" not in batches_line(new)
 
 
 LONG = ("trainer.max_steps=4", "trainer.save_steps=2", "evaluation.at_end=false")

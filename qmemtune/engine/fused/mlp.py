@@ -6,11 +6,13 @@ autograd would keep, are computed again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qmemtune.engine.fused.low_rank import at_one_input
@@ -51,12 +53,17 @@ def _opened(gate: Tensor) -> Tensor:
 
 
 def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A forward for a feed-forward layer ``down(silu(gate(x)) * up(x))``; None for any other layer."""
+    """A forward for a feed-forward layer ``down(silu(gate(x)) * up(x))``; None for any other layer.
+
+    What a layer computes is tried, not read off its parts: some families multiply or clamp in between.
+    """
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in PARTS):
         return None
     if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
         return None
     if not type(module).__name__.endswith("MLP") or {name for name, _ in module.named_children()} != set(PARTS):
+        return None
+    if not _same(module):
         return None
     plain = module.forward
     gate_and_up = at_one_input([module.gate_proj, module.up_proj])  # type: ignore[list-item]
@@ -72,3 +79,31 @@ def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return down
 
     return forward
+
+
+class _Times(nn.Module):
+    """Stands for a projection."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@torch.no_grad()
+def _same(module: nn.Module) -> bool:
+    """Whether the layer's own forward, with other projections, makes what the fused one makes."""
+    x = torch.linspace(-60.0, 60.0, 64).to(torch.bfloat16)
+    if isinstance(x, FakeTensor):
+        # Nothing to compare where tensors have no numbers.
+        return True
+    probe = copy.copy(module)
+    parts = {"gate_proj": _Times(0.5), "up_proj": _Times(2.0), "down_proj": _Times(0.25), "act_fn": module.act_fn}
+    probe.__dict__.update(_modules=parts)
+    try:
+        own = type(module).forward(probe, x)
+    except Exception:  # noqa: BLE001 - a model's own code may ask more of its projections
+        return False
+    return isinstance(own, Tensor) and torch.equal(own, parts["down_proj"](_opened(x * 0.5).mul_(x * 2.0)))
