@@ -178,9 +178,19 @@ def find_run(path: str | Path | None, root: Path = RUNS_ROOT) -> RunDir:
 
 
 def newest_run(root: Path) -> Path | None:
-    """The folder of the run under ``root`` that finished last."""
-    found = [summary for summary in root.glob("**/summary.json") if (summary.parent / "config.yaml").is_file()]
+    """The folder of the run under ``root`` that finished last; a run in another run's folder is a part of that one."""
+    found = [
+        summary
+        for summary in root.glob("**/summary.json")
+        if _is_run(summary.parent)
+        and not any(_is_run(above) for above in summary.parent.parents if root in above.parents)
+    ]
     return max(found, key=lambda p: p.stat().st_mtime_ns).parent if found else None
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (path / "config.yaml").is_file()
 
 
 def _no_run(path: Path) -> UserError:
@@ -188,7 +198,7 @@ def _no_run(path: Path) -> UserError:
     fix = "give the folder that `qmemtune train` printed, such as runs/quickstart/<timestamp>"
     if not path.expanduser().exists():
         return UserError(f"there is no such folder (seen from {Path.cwd()})", where=str(path), fix=fix)
-    around = [folder for folder in path.absolute().parents if (folder / "config.yaml").is_file()]
+    around = [folder for folder in path.absolute().parents if _is_run(folder)]
     inside = newest_run(path) if path.is_dir() else None
     if around and (around[0] / FORMAT_FILE).is_file():
         fix = f"did you mean {_from_here(around[0])}, the run that it lies in?"

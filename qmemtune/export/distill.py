@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +17,18 @@ from qmemtune.adapters import apply_adapter
 from qmemtune.adapters.queryable.fold import FoldedLayer, resized
 from qmemtune.config.adapters import LoraConfig
 from qmemtune.config.compose import Composed
-from qmemtune.config.dump import to_yaml
+from qmemtune.config.dump import to_dict
 from qmemtune.config.evaluation import EvaluationConfig
 from qmemtune.config.schema import Config, ResumeConfig, TrackingConfig
+from qmemtune.config.settings import flatten
 from qmemtune.config.training import TrainerConfig
+from qmemtune.data.fingerprint import rows_digest
 from qmemtune.data.prepared import PreparedData
 from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.language import LanguageTask
 from qmemtune.engine.loss import LabelledLoss
+from qmemtune.engine.made_with import HARMLESS, NOT_KEPT, digests_of_base
 from qmemtune.engine.progress import Progress
 from qmemtune.engine.restore import LoadedRun
 from qmemtune.engine.run import train
@@ -47,23 +51,28 @@ HELD_OUT = 10
 """One calibration row in so many is held out."""
 ENOUGH = 0.02
 """A start whose held-out KL is below this share of export.max_kl is not trained any further."""
+NOT_NAMED = (*NOT_KEPT, *HARMLESS, "data.")
+"""Keys, or starts of them, that change nothing about a distillation: what the data options make of the rows counts."""
 
 
 def distilled(
     run: RunDir,
     live: LoadedRun,
     starts: Mapping[str, Mapping[str, FoldedLayer]],
+    folded: Sequence[Any],
     data: PreparedData,
     progress: Progress,
 ) -> tuple[dict[str, FoldedLayer], dict[str, Any]]:
     """Distil the live model into a static LoRA, through the training engine.
 
-    The work lies in the run folder: an interrupted distillation goes on, a finished one is not done again.
+    The work lies in the run folder: an interrupted distillation goes on, a finished one is not done again, whatever is
+    to be made of it.
 
     Args:
         run: the run of the live model.
         starts: name of a fold -> its factors; the one with the lowest held-out KL is begun with.
-        data: calibration rows; all in ``train``.
+        folded: the rows on which those were made.
+        data: calibration rows to distil on; all in ``train``.
 
     Returns:
         The factors, and ``start``, ``steps``, ``kl_start``, ``kl`` (held-out, nats a token), ``rank``, ``rows``.
@@ -72,8 +81,6 @@ def distilled(
         Interrupted: a signal stopped it; a checkpoint is saved.
     """
     config = distillation_config(live, next(iter(starts.values())))
-    inner = RunDir(run.distilled / name_of(config, run))
-    config.run_dir = str(inner.path)
     task = Distillation(live, split(data), config)
     with dequantized_on_cpu(live.model), dequantized_on_cpu(task.model):
         found = {}
@@ -87,6 +94,8 @@ def distilled(
         if kl_start <= ENOUGH * live.config.export.max_kl:
             progress.message(f"the fold is close enough as it is (held-out KL {kl_start:.2e}): nothing is distilled")
             return task.factors(), {**facts, "steps": 0, "kl_start": kl_start, "kl": kl_start}
+        inner = RunDir(run.distilled / name_of(config, run, best, [folded, data.train]))
+        config.run_dir = str(inner.path)
         if inner.summary.is_file():
             progress.message(f"taking the distillation in {inner.path}, which is finished")
             summary = read_json(inner.summary)
@@ -146,9 +155,23 @@ def distillation_config(live: LoadedRun, start: Mapping[str, FoldedLayer]) -> Co
     )
 
 
-def name_of(config: Config, run: RunDir) -> str:
-    """A folder's name that differs where the outcome would."""
-    digest = hashlib.sha256(to_yaml(replace(config, export=replace(config.export, path=None, force=False))).encode())
+def name_of(config: Config, run: RunDir, start: str, rows: Sequence[Sequence[Any]]) -> str:
+    """A folder's name that differs where the outcome would.
+
+    Args:
+        config: of the distillation.
+        run: the run of the live model.
+        start: the fold that is begun with.
+        rows: those that were folded on, and those that are distilled on.
+    """
+    settings = {setting.key: setting.value for setting in flatten(to_dict(config), "")}
+    facts = {
+        "config": {key: value for key, value in settings.items() if not key.startswith(NOT_NAMED)},
+        "base": digests_of_base(config),
+        "start": start,
+        "rows": [rows_digest(part) for part in rows],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     with (run.adapter / WEIGHTS).open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"r{config.adapter.r}-{digest.hexdigest()[:12]}"

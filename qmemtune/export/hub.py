@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from qmemtune.config.export import ExportConfig
 from qmemtune.errors import RunFailed
@@ -22,7 +22,7 @@ def push(folder: Path, config: ExportConfig, api: HfApi | None = None) -> str:
         The repository's address.
 
     Raises:
-        RunFailed: the hub refused; the folder on disk stays.
+        RunFailed: the hub refused, or cannot be reached; the folder on disk stays.
     """
     assert config.push_to_hub is not None
     api = api or HfApi()
@@ -31,10 +31,13 @@ def push(folder: Path, config: ExportConfig, api: HfApi | None = None) -> str:
         api.upload_folder(
             repo_id=repository.repo_id, folder_path=str(folder), commit_message=f"qmemtune: {config.format}"
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    # RuntimeError is what the client makes of any failure while it sends a file.
+    except (HTTPError, HFValidationError, RuntimeError, OSError) as error:
+        private = "" if config.push_public else " --private"
         raise RunFailed(
-            f"the export is on disk, but was not uploaded: {' '.join(str(error).split())}",
+            f"the export is on disk, but was not uploaded: {' '.join(str(error).split()) or type(error).__name__}",
             where=f"export.push_to_hub={config.push_to_hub}",
-            fix=f"log in with `hf auth login`, then: hf upload {config.push_to_hub} {folder}",
+            fix="see that the hub can be reached and that you are logged in (`hf auth login`), then: "
+            f"hf upload {config.push_to_hub} {folder}{private}",
         ) from error
     return str(repository)

@@ -18,6 +18,8 @@ from qmemtune.errors import UserError
 from qmemtune.export.lora import CONFIG, WEIGHTS
 
 PREFIX = "base_model.model."
+FROZEN = ".base_layer.weight"
+"""End of the names of the base's own weights, which PEFT by itself saves with the update of an output head."""
 Rows = Callable[[int, int], Tensor]
 """Rows ``start`` to ``stop`` of a weight, float32, which the caller may change."""
 
@@ -76,13 +78,14 @@ def read_updates(folder: Path) -> dict[str, Update]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = [name for name in file.keys() if not name.endswith(FROZEN)]  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, ValueError) as error:
         raise UserError(
             f"the run's adapter cannot be read: {error}", where=str(folder), fix="is this a whole run folder?"
         ) from error
     updates = {}
-    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+    for name in [name for name in names if name.endswith(".lora_A.weight")]:
         path = name.removesuffix(".lora_A.weight")
         factor_a, factor_b = tensors.pop(name).float(), tensors.pop(f"{path}.lora_B.weight").float()
         magnitude = tensors.pop(f"{path}.lora_magnitude_vector", None)

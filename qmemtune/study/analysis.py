@@ -9,7 +9,7 @@ from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
-from qmemtune.study.cells import Plan
+from qmemtune.study.cells import Cell, Plan
 from qmemtune.study.design import LOSS, Metric, Setting, Variant
 from qmemtune.study.statistics import interquartile_range, mean_interval, paired_difference, paired_ratio
 
@@ -60,11 +60,19 @@ def analyse(plan: Plan, results: Sequence[Result], tuning_seeds: Sequence[int]) 
 
 def by_seed(known: Mapping[Any, Result], plan: Plan, setting: Setting, variant: Variant) -> dict[int, Result]:
     """The results of a variant in a setting outside the grid, by seed."""
-    rate = next(
-        (c.learning_rate for c in plan.cells if (c.setting, c.variant) == (setting.name, variant.name)), math.nan
-    )
-    found = {seed: known.get((setting.name, variant.name, rate, seed)) for seed in plan.seeds}
+    cell = main_cell(plan, setting, variant)
+    if cell is None:
+        return {}
+    found = {seed: known.get((setting.name, variant.name, cell.learning_rate, seed)) for seed in plan.seeds}
     return {seed: result for seed, result in found.items() if result is not None}
+
+
+def main_cell(plan: Plan, setting: Setting, variant: Variant) -> Cell | None:
+    """One of the cells of a variant in a setting outside the grid; None if the study has no seeds."""
+    # The first of a seed: those of the grid follow. A seed of the grid alone has no other.
+    return next(
+        (c for c in plan.cells if (c.setting, c.variant) == (setting.name, variant.name) and c.seed in plan.seeds), None
+    )
 
 
 def compared(
@@ -76,7 +84,7 @@ def compared(
 ) -> dict[str, Any]:
     """One variant in one setting beside the baseline, on all seeds, on those of tuning and on the others."""
     own, base = main[setting.name, variant.name], main[setting.name, plan.variants[0].name]
-    cell = next((c for c in plan.cells if (c.setting, c.variant) == (setting.name, variant.name)), None)
+    cell = main_cell(plan, setting, variant)
     entry: dict[str, Any] = {
         "setting": setting.name,
         "variant": variant.name,

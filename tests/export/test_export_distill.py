@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qmemtune.config.data import SourceConfig
 from qmemtune.config.missing import MISSING
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.trainer import RunTrainer
+from qmemtune.errors import RunFailed
 from qmemtune.export import export_run
 
 ROUTED = QueryableConfig(r=4, num_atoms=4, key_dim=4, block_size=2, temperature=4.0, init_core_std=0.6)
@@ -60,6 +62,44 @@ def test_an_interrupted_distillation_goes_on_and_a_finished_one_is_kept(make_run
     run, config = make_run(ROUTED, **{**OPTIONS, "force": True, "distill_steps": 12})
     whole = export_run(run, config)
     assert resumed["fidelity"]["kl_mean"] == pytest.approx(whole["fidelity"]["kl_mean"], rel=1e-3)
+
+
+def test_a_finished_distillation_is_kept_whatever_is_made_of_it(make_run, monkeypatch) -> None:
+    run, config = make_run(ROUTED, **{**OPTIONS, "distill_steps": 4, "max_kl": 1e-6})
+    with pytest.raises(RunFailed):
+        export_run(run, config)
+    pushed = []
+    monkeypatch.setattr(RunTrainer, "train", None)
+    monkeypatch.setattr("qmemtune.export.run.push", lambda folder, export: pushed.append(export.push_to_hub))
+    given = config.export
+    for options in (
+        {"max_kl": 0.01, "max_loss_increase": 50.0, "fidelity_rows": 4},
+        {"format": "merged", "dtype": "bfloat16"},
+        {"push_to_hub": "tuned", "license": "apache-2.0"},
+        {"path": str(run.path / "elsewhere")},
+    ):
+        config.export = dataclasses.replace(given, force=True, **options)
+        assert export_run(run, config)["distillation"]["steps"] > 0
+    assert pushed == ["tuned"]
+    assert len(list(run.distilled.iterdir())) == 1
+
+
+@pytest.mark.parametrize("changed", ["rows to distil on", "rows to fold on", "peak learning rate"])
+def test_what_changes_a_distillation_makes_another(make_run, rows: Path, tmp_path: Path, changed: str) -> None:
+    calibration = tmp_path / "deployment.jsonl"
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    calibration.write_text("".join(lines), encoding="utf-8")
+    run, config = make_run(ROUTED, **{**OPTIONS, "force": True, "distill_steps": 2, "calibration": str(calibration)})
+    export_run(run, config)
+    if changed == "rows to distil on":
+        calibration.write_text("".join([*lines[:-1], lines[-1].replace("fox", "dog")]), encoding="utf-8")
+        assert calibration.stat().st_size == rows.stat().st_size
+    elif changed == "rows to fold on":
+        config.export.calibration_rows = 4
+    else:
+        config.export.distill_learning_rate = 0.02
+    export_run(run, config)
+    assert len(list(run.distilled.iterdir())) == 2
 
 
 def test_a_close_fold_is_not_distilled(make_run) -> None:

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.config.adapters import LoraConfig, MethodConfig, QueryableConfig
+from qmemtune.config.compose import Composed
+from qmemtune.config.schema import Config
 from qmemtune.engine.restore import load_run
+from qmemtune.engine.run import train
 from qmemtune.errors import UserError
 from qmemtune.export import export_run
+from qmemtune.rundir import RunDir
 
 IDS = torch.arange(10, 40).view(2, 15)
+HEAD = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -70,6 +76,52 @@ def test_tied_head_keeps_the_embeddings(make_run) -> None:
     base = AutoModelForCausalLM.from_pretrained(config.model.path)
     assert torch.equal(plain.get_input_embeddings().weight, base.get_input_embeddings().weight)
     assert not torch.equal(plain.lm_head.weight, base.lm_head.weight)
+
+
+def trained(run: RunDir, config: Config) -> RunDir:
+    """A run of two steps with the same config."""
+    run = RunDir(run.path.with_name("trained"))
+    config.run_dir, config.trainer.max_steps, config.optimizer.learning_rate = str(run.path), 2, 0.01
+    train(Composed(config, {}, config.recipe))
+    return run
+
+
+def stored_in(adapter: Path) -> list[str]:
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])  # a head of its own, and a tied one
+def test_a_trained_update_of_the_head_is_saved_alone_and_merged(make_run, architecture: str) -> None:
+    run, config = make_run(HEAD, architecture)
+    run = trained(run, config)
+    names = stored_in(run.adapter)
+    assert any("lm_head" in name for name in names)
+    assert all("lora_" in name for name in names)
+    result = export_run(run, config)
+    assert result["exact"] is True
+    assert result["fidelity"]["kl_mean"] < 1e-6
+    plain = AutoModelForCausalLM.from_pretrained(result["path"])
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    assert torch.equal(plain.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert not torch.equal(plain.lm_head.weight, base.lm_head.weight)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_an_adapter_that_holds_the_bases_own_head_is_merged(make_run, architecture: str) -> None:
+    run, config = make_run(HEAD, architecture)
+    load_run(run, config).model.save_pretrained(run.adapter)  # as PEFT does by itself
+    assert any(name.endswith("lm_head.base_layer.weight") for name in stored_in(run.adapter))
+    assert export_run(run, config)["fidelity"]["kl_mean"] < 1e-6
+
+
+def test_a_head_that_is_trained_whole_is_saved(make_run) -> None:
+    options = {"modules_to_save": "[lm_head]"}
+    run, config = make_run(MethodConfig(method="dora", r=4, target_modules=["q_proj"], options=options))
+    run = trained(run, config)
+    assert "base_model.model.lm_head.weight" in stored_in(run.adapter)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    assert not torch.equal(logits(load_run(run, config).model), logits(base))
 
 
 def test_untouched_weights_are_those_of_the_files(make_run) -> None:

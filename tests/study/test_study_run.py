@@ -16,11 +16,12 @@ from qmemtune.engine.shared import Loads
 from qmemtune.engine.trainer import RunTrainer
 from qmemtune.rundir import read_json
 from qmemtune.study import cell as cells_run
-from qmemtune.study.analysis import measured
+from qmemtune.study.analysis import analyse, measured
 from qmemtune.study.design import EXACT_MATCH, LOSS, ROW_ACCURACY
+from qmemtune.study.options import read_request
 from qmemtune.study.readme import BEGIN, END, section, update
-from qmemtune.study.run import worker_pool
-from qmemtune.study.tables import markdown
+from qmemtune.study.run import plan_study, worker_pool
+from qmemtune.study.tables import main_table, markdown, number
 
 SMALL = [
     "data.regression.rows=64", "data.regression.heldout_rows=64", "model.mlp.width=8", "model.mlp.depth=2",
@@ -146,6 +147,34 @@ def test_a_metric_that_no_run_has_is_left_out():
     runs = [{"metrics": {"loss": 1.0, "row_accuracy": 0.5}, "base_loss": 2.0}, {"metrics": {}, "base_loss": 2.0}]
     assert measured((LOSS, ROW_ACCURACY, EXACT_MATCH), runs) == [LOSS, ROW_ACCURACY]
     assert measured((LOSS, ROW_ACCURACY), []) == [LOSS]
+
+
+@pytest.mark.parametrize("seeds", ["[1, 2]", "3-4"])
+def test_tables_have_the_studys_own_learning_rate_whatever_seeds_the_grid_has(seeds):
+    request = read_request(["study.settings=[ample]", f"study.seeds={seeds}", "study.grid_seeds=[0, 1]",
+                            "study.learning_rates=[0.001, 0.1]"])  # fmt: skip
+    plan, _ = plan_study("regression", request)
+    own = {cell.variant: cell.learning_rate for cell in plan.cells if cell.seed == plan.seeds[-1]}
+    results = [
+        {
+            "setting": cell.setting,
+            "variant": cell.variant,
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate,
+            "digest": cell.digest,
+            "diverged": False,
+            "base_loss": 1.0,
+            "seconds": 1.0,
+            "metrics": {"loss": cell.learning_rate},
+        }
+        for cell in plan.cells
+    ]
+    found = analyse(plan, results, [])
+    assert {entry["variant"]: entry["learning_rate"] for entry in found["comparisons"]} == own
+    for entry in found["comparisons"]:
+        assert entry["metrics"]["loss"]["n"] == 2
+        assert entry["metrics"]["loss"]["mean"] == pytest.approx(own[entry["variant"]])
+        assert f"| {number(own[entry['variant']])} |" in main_table(found, "ample")
 
 
 def test_the_readme_section_is_made_of_the_stored_results(done, tmp_path):
