@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from qmemtune.cli.options import Debug, Json, Overrides, Quiet
-from qmemtune.cli.output import Output, output, plain
-from qmemtune.errors import UserError
+from qmemtune.cli.output import Output, output, plain, print_error
+from qmemtune.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +43,18 @@ def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = 
         else:
             report = _evaluate_run(given, out, instruction)
         out.result(report, lambda console: _show(console, report))
+        failed = _failed_tasks(report)
+        if failed:
+            # After the result, and beside it: with --json, stdout holds that one object.
+            error = RunFailed(failed[0], where="evaluation.tasks", fix="the other numbers are measured and kept")
+            print_error(error, as_json=False, debug=False)
+            raise typer.Exit(1)
+
+
+def _failed_tasks(report: dict[str, Any]) -> list[str]:
+    """Tasks that the harness could not run, with the reason."""
+    found = [(report[name] or {}).get("tasks") or {} for name in ("base", "tuned")]
+    return [f"{task}: {values['error']}" for tasks in found for task, values in tasks.items() if "error" in values]
 
 
 def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None) -> dict[str, Any]:
@@ -53,10 +67,12 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.engine.restore import load_run
     from qmemtune.evaluation.forward import one_for_all
+    from qmemtune.evaluation.harness import check_tasks
     from qmemtune.evaluation.verb import evaluate_pair
     from qmemtune.rundir import write_json
 
     out.libraries_are_loaded()
+    check_tasks(config.evaluation.tasks)
     loaded = load_run(run, config)
     source = loaded.source if instruction is None else one_for_all(loaded.source, instruction)
     rows = prepare_heldout(config.data, loaded.tokenizer).heldout
@@ -104,11 +120,13 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
         )
     out.working("loading the model")
     from qmemtune.data.prepare import prepare_heldout
+    from qmemtune.evaluation.harness import check_tasks
     from qmemtune.evaluation.verb import by_itself, measure
     from qmemtune.models.hardware import compute_dtype, pick_device
     from qmemtune.models.loading import load_base, load_tokenizer
 
     out.libraries_are_loaded()
+    check_tasks(config.evaluation.tasks)
     device = pick_device()
     tokenizer = load_tokenizer(config.model)
     model = load_base(config.model, config.quantization, device=device)

@@ -28,7 +28,11 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt; prompt=TEXT too.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", metavar="FILE", help="Prompts: one a line, or jsonl rows with prompt, messages or a row's columns."),
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help="Prompts: one a line, or jsonl rows with prompt, messages or a training row's columns.",
+        ),
     ] = None,
     instruction: Annotated[
         str | None,

@@ -48,7 +48,7 @@ class SourceConfig:
     name: str | None = None
     """Hub data sets only: the configuration's name."""
     split: str | None = None
-    """Hub data sets only: the split that holds the rows."""
+    """The split that holds the rows, of a hub data set or of a folder that has splits."""
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] | None = None
     """Row form."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -77,9 +77,9 @@ class DataConfig:
     name: str | None = None
     """Hub data sets only: the configuration's name."""
     split: str = "train"
-    """Hub data sets only: the split that holds the training rows."""
+    """The split that holds the training rows, of a hub data set or of a folder that has splits."""
     eval_split: str | None = None
-    """Hub data sets only: the split that holds the held-out rows."""
+    """The split that holds the held-out rows, of the same data set or folder."""
     streaming: bool = False
     """Read rows one after another, those of the hub without storing the data set, and no more than max_train_rows and
     max_eval_rows need."""

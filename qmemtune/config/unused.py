@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from qmemtune.config.adapters import QueryableConfig, uses_prior
 from qmemtune.config.data import CONVERSATIONS
 from qmemtune.config.fields import fields_of
-from qmemtune.config.paths import looks_local
+from qmemtune.config.missing import MISSING
+from qmemtune.config.paths import is_glob, looks_local
 from qmemtune.config.regression import GENERATED_MLP, is_regression
 from qmemtune.config.schema import Config
+from qmemtune.config.splits import is_here
 
 
 def unused_options(config: Config, given: Mapping[str, str]) -> list[str]:
@@ -48,28 +51,49 @@ def _model(c: Config) -> dict[str, str]:
 
 
 def _data(c: Config) -> dict[str, str]:
-    reasons = {}
-    if looks_local(c.data.path) or c.data.path.startswith("generated:"):
-        for name in ("name", "split", "eval_split"):
-            reasons[f"data.{name}"] = f"{c.data.path} is no hub data set"
-    if c.data.sources:
-        for name in ("name", "eval_split"):
-            reasons[f"data.{name}"] = "data.sources names the rows"
-    for name, source in c.data.sources.items():
-        if looks_local(source.path) or source.path.startswith("generated:"):
-            for option in ("name", "split"):
-                reasons[f"data.sources.{name}.{option}"] = f"{source.path} is no hub data set"
-    if c.data.eval_path is not None:
+    reasons, data = _splits(c), c.data
+    training = [] if data.sources else [data.path]
+    if all(is_here(path) for path in [*training, data.eval_path] if path is not None):
+        reasons["data.name"] = f"{data.path} is no hub data set" if training else "data.sources names the rows"
+    for name, source in data.sources.items():
+        if is_here(source.path):
+            reasons[f"data.sources.{name}.name"] = f"{source.path} is no hub data set"
+    if data.eval_path is not None:
         reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_path gives the held-out rows"
-        reasons["data.eval_split"] = "data.eval_path gives the held-out rows"
-    elif c.data.eval_split is not None and "data.eval_split" not in reasons:
+    elif data.eval_split is not None and "data.eval_split" not in reasons:
         reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_split gives the held-out rows"
-    elif c.data.path.startswith("generated:"):
-        reasons["data.eval_fraction"] = reasons["data.split_seed"] = f"{c.data.path} brings its held-out rows"
-    if c.data.format in CONVERSATIONS:
+    elif data.path.startswith("generated:"):
+        reasons["data.eval_fraction"] = reasons["data.split_seed"] = f"{data.path} brings its held-out rows"
+    if data.format in CONVERSATIONS:
         for name in ("prompt_template", "completion_template"):
-            reasons[f"data.{name}"] = f"{c.data.format} rows are rendered by the chat template"
+            reasons[f"data.{name}"] = f"{data.format} rows are rendered by the chat template"
     return reasons
+
+
+def _splits(c: Config) -> dict[str, str]:
+    reasons, data = {}, c.data
+    heldout = data.path if data.eval_path is None else data.eval_path
+    # Held-out rows of a path of their own are in data.split where data.eval_split is not set.
+    uses_split = data.eval_path is not None and data.eval_split is None and not _has_no_splits(heldout)
+    if not data.sources and _has_no_splits(data.path) and not uses_split:
+        reasons["data.split"] = f"{data.path} has no splits"
+    if data.sources and data.eval_path is None:
+        reasons["data.eval_split"] = "data.sources names the rows"
+    elif _has_no_splits(heldout):
+        reasons["data.eval_split"] = f"{heldout} has no splits"
+    for name, source in data.sources.items():
+        if _has_no_splits(source.path):
+            reasons[f"data.sources.{name}.split"] = f"{source.path} has no splits"
+    return reasons
+
+
+def _has_no_splits(path: str) -> bool:
+    """Whether the rows at a data path are in no split, as those of files and generators; a folder may have some."""
+    try:
+        is_folder = Path(path).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):
+        return False
+    return path != MISSING and not is_folder and (is_here(path) or is_glob(path))
 
 
 def _task(c: Config) -> dict[str, str]:

@@ -29,12 +29,22 @@ class BadValue(ValueError):
 def from_text(text: str, kind: Any) -> Any:
     """The value that ``text`` (the right side of an override) means for a field of type ``kind``.
 
+    A text field takes it as it stands, with its quotes. Quotes around the whole are left out of the words "null" and
+    "none", which mean no value without them, and of the empty text, "".
+
     Raises:
         BadValue: it means none.
     """
+    inner, _ = _without_none(kind)
+    if inner is str and _quoted(text) and _unquote(text).lower() not in NULL | {""}:
+        return text
+    return _part_from_text(text, kind)
+
+
+def _part_from_text(text: str, kind: Any) -> Any:
+    """The same inside a list or mapping, where quotes keep a text together and are no part of it."""
     inner, optional = _without_none(kind)
-    quoted = _quoted(text)
-    if optional and not quoted and text.strip().lower() in NULL:
+    if optional and not _quoted(text) and text.strip().lower() in NULL:
         return None
     if inner is str:
         return _unquote(text)
@@ -184,7 +194,7 @@ def _list_from_text(text: str, item: Any) -> list[Any]:
     parts = _split(inside, ",")
     if not inside.strip():
         return []
-    return [from_text(part.strip(), item) for part in parts]
+    return [_part_from_text(part.strip(), item) for part in parts]
 
 
 def _dict_from_text(text: str, item: Any) -> dict[str, Any]:
@@ -196,7 +206,7 @@ def _dict_from_text(text: str, item: Any) -> dict[str, Any]:
         name, colon, value = part.partition(":")
         if not colon or not name.strip():
             raise BadValue(f"{_brief(part.strip())} is not an entry", "write {a: b}")
-        result[_unquote(name.strip())] = from_text(value.strip(), item)
+        result[_unquote(name.strip())] = _part_from_text(value.strip(), item)
     return result
 
 

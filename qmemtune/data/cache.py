@@ -138,10 +138,10 @@ def option_parts(config: DataConfig) -> Iterator[bytes]:
 def content_parts(config: DataConfig) -> Iterator[bytes]:
     for own in source_configs(config).values():
         yield from source_parts(own.path, own.name, own.split)
-        if config.eval_split is not None and config.eval_path is None:
-            yield from source_parts(own.path, own.name, config.eval_split)
     if config.eval_path is not None:
         yield from source_parts(config.eval_path, config.name, config.eval_split or config.split)
+    elif config.eval_split is not None and not config.sources:
+        yield from source_parts(config.path, config.name, config.eval_split)
 
 
 def source_parts(path: str, name: str | None, split: str) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from qmemtune.config.data import DataConfig
 from qmemtune.data.examples import Example, ExampleMaker
 from qmemtune.data.records import RawRow, Rejected
 from qmemtune.data.report import DataReport, SourceReport
-from qmemtune.data.sources import GENERATED, generated_rows, read_rows
+from qmemtune.data.sources import GENERATED, generated_rows, lacks_splits, read_rows
 from qmemtune.errors import UserError
 
 
@@ -56,11 +56,13 @@ class Reading:
             own = replace(config, path=config.eval_path, sources={})
             return self.source(own, config.eval_split or config.split, heldout=True)
         if config.eval_split is not None and not config.sources:
-            if Path(config.path).expanduser().is_file():
+            reason = lacks_splits(config.path, config.eval_split)
+            if reason is not None:
                 raise UserError(
-                    "a file has no splits, so data.eval_split has no effect",
+                    f"{reason}, so data.eval_split={config.eval_split} names no rows of {config.path}",
                     where="data.eval_split",
-                    fix="give the held-out rows with data.eval_path, or leave data.eval_split out",
+                    fix="give the held-out rows with data.eval_path, or data.eval_split=null to hold out "
+                    "data.eval_fraction of the rows",
                 )
             return self.source(config, config.eval_split, heldout=True)
         return None

@@ -126,7 +126,8 @@ def render_prompt(
     config = next(iter(source_configs(config).values()))
     tools: Any = []
     if isinstance(prompt, Mapping) and "messages" in prompt:
-        prompt, tools = prompt["messages"], prompt.get("tools") or []
+        tools = prompt.get("tools") or []
+        prompt = prompt["messages"]
     if not isinstance(prompt, str | Mapping):
         try:
             conversation = [check_message(message, number) for number, message in enumerate(prompt, start=1)]

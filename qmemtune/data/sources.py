@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmemtune.config.paths import is_glob
+from qmemtune.config.splits import SPLITS, names_split
 from qmemtune.data.files import FAULTS, kind_of_file
 from qmemtune.data.jsonfiles import read_json, read_jsonl
 from qmemtune.data.records import RawRow, Rejected
@@ -31,7 +32,7 @@ READERS: dict[str, Reader] = {
 }
 GENERATED = "generated:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SPLIT_WORDS = ("train", "test", "valid", "validation", "dev", "eval")
+SPLIT_WORDS = [name for names in SPLITS.values() for name in names]
 
 
 def read_rows(
@@ -68,8 +69,7 @@ def local_files(path: str, split: str) -> list[Path] | None:
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        saved = (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
-        return None if saved else folder_files(local, split)
+        return None if is_saved(local) else folder_files(local, split)
     if local.is_file():
         reader_for(local)
         return [local]
@@ -81,6 +81,11 @@ def local_files(path: str, split: str) -> list[Path] | None:
             reader_for(file)
         return found
     return None
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is one of ``datasets.save_to_disk``."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def as_user_errors(rows: Iterator[RawRow | Rejected], path: str) -> Iterator[RawRow | Rejected]:
@@ -116,20 +121,44 @@ def nearest_file(path: Path) -> str:
 
 def folder_files(folder: Path, split: str) -> list[Path]:
     """Data files of a folder: those whose names say the split, else all."""
-    files = sorted(entry for entry in folder.iterdir() if kind_of_file(entry) in READERS and entry.is_file())
+    files = data_files(folder)
     if not files:
         raise UserError(
             "the folder holds no data file", where=str(folder), fix=f"put files ending in {', '.join(READERS)} there"
         )
-    named = [file for file in files if split in re.split(r"[\W_]+|(?<=\D)(?=\d)", file.stem.lower())]
-    speaks_of_splits = any(word in file.stem.lower() for file in files for word in SPLIT_WORDS)
-    if not named and speaks_of_splits:
+    named = [file for file in files if names_split(file.stem, split)]
+    if not named:
+        other_names = next((names for names in SPLITS.values() if split.lower() in names), ())
+        named = [file for file in files if names_split(file.stem, *other_names)]
+    if not named and any(names_split(file.stem, *SPLIT_WORDS) for file in files):
         raise UserError(
             f"no file of the folder is named after the split '{split}': {', '.join(file.name for file in files)}",
             where=str(folder),
             fix="name the file itself in data.path, or set data.split (data.eval_split)",
         )
     return named or files
+
+
+def data_files(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if kind_of_file(entry) in READERS and entry.is_file())
+
+
+def lacks_splits(path: str, split: str) -> str | None:
+    """Why the rows at a path are in no splits, of which ``split`` would be one; None where they may be."""
+    local = Path(path).expanduser()
+    try:
+        if local.is_file():
+            return "a file has no splits"
+        if not local.is_dir():
+            return "a pattern has no splits" if is_glob(path) else None
+        if is_saved(local):
+            return None if (local / "dataset_dict.json").is_file() else "the data set was saved without splits"
+        files = data_files(local)
+        if not files or any(names_split(file.stem, split, *SPLIT_WORDS) for file in files):
+            return None
+    except OSError:  # left to who reads the rows
+        return None
+    return "no file of the folder is named after a split"
 
 
 def read_saved(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
@@ -142,7 +171,9 @@ def read_saved(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise UserError(
-                f"there is no split '{split}'", where=str(folder), fix=f"data.split: one of {', '.join(saved)}"
+                f"there is no split '{split}'",
+                where=str(folder),
+                fix=f"data.split (data.eval_split): one of {', '.join(saved)}",
             )
         saved = saved[split]
     return table_rows(saved, str(folder))

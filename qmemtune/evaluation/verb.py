@@ -14,11 +14,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qmemtune.config.evaluation import EvaluationConfig
+from qmemtune.credentials import hide
+from qmemtune.errors import first_line
 from qmemtune.evaluation.evaluate import EvalProgress, EvalResult, evaluate
 from qmemtune.evaluation.exact_match import RowMatch
 from qmemtune.evaluation.forward import Instructions
 from qmemtune.evaluation.guard import undisturbed
-from qmemtune.evaluation.harness import run_tasks
+from qmemtune.evaluation.harness import check_tasks, run_tasks
 from qmemtune.evaluation.samples import evenly_spaced
 from qmemtune.evaluation.summary import differences
 from qmemtune.models.hardware import autocast
@@ -30,7 +32,7 @@ class Measured:
 
     result: EvalResult
     tasks: dict[str, Any]
-    """``{"tasks": ...}``, or empty."""
+    """What :func:`task_results` found."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result's numbers with those of the tasks."""
@@ -48,7 +50,12 @@ def measure(
     dtype: torch.dtype,
     progress: EvalProgress | None = None,
 ) -> Measured:
-    """One model on held-out rows, and on the tasks that the config names."""
+    """One model on held-out rows, and on the tasks that the config names.
+
+    Raises:
+        UserError: a task is not known, or cannot be run here; nothing has been measured then.
+    """
+    check_tasks(config.tasks)
     result = evaluate(
         model,
         tokenizer,
@@ -145,11 +152,14 @@ def task_results(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """``{"tasks": ...}`` of the harness tasks that the config names; empty if it names none."""
+    """``{"tasks": ...}`` of the harness tasks that the config names; empty if it names none.
+
+    Where the harness fails, each task has an ``error`` in place of its metrics.
+    """
     if not config.tasks:
         return {}
-    return {
-        "tasks": run_tasks(
+    try:
+        found = run_tasks(
             model,
             tokenizer,
             config.tasks,
@@ -157,7 +167,10 @@ def task_results(
             batch_size=config.per_device_eval_batch_size,
             autocast=partial(autocast, device, dtype),
         )
-    }
+    except Exception as error:  # noqa: BLE001 - tasks download and run code of others: what was measured before stays
+        reason = hide(f"{type(error).__name__}: {first_line(error)}")
+        return {"tasks": {task: {"error": reason} for task in config.tasks}}
+    return {"tasks": found}
 
 
 def examples(

@@ -16,6 +16,7 @@ from qmemtune.engine.restore import load_adapted
 from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import EvalProgress
 from qmemtune.evaluation.forward import one_for_all
+from qmemtune.evaluation.harness import check_tasks
 from qmemtune.evaluation.verb import Measured, by_itself, evaluate_pair, measure, prefixed, side_by_side
 from qmemtune.export.marker import MARKER, read_marker
 from qmemtune.export.pin import check_base
@@ -123,6 +124,7 @@ def evaluate_exported(
         UserError: the model, its base as given by the user, or the rows cannot be loaded.
     """
     config, folder = exported.config, exported.path
+    check_tasks(config.evaluation.tasks)
     config = replace(config, model=replace(config.model, tokenizer=config.model.tokenizer or str(folder)))
     if exported.format == "merged":
         if instruction is not None:

@@ -102,6 +102,31 @@ def test_what_does_nothing_is_warned_about(overrides, key):
     assert len(composed.warnings) == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "unused"),
+    [
+        (["data.path=./folder", "data.split=dev", "data.eval_split=test"], []),
+        (["data.split=dev", "data.eval_split=test", "data.name=main"], []),
+        (["data.path=rows.jsonl", "data.eval_split=test"], ["data.eval_split"]),
+        (["data.path=*.jsonl", "data.split=dev", "data.eval_split=test"], ["data.split", "data.eval_split"]),
+        (["data.path=rows.jsonl", "data.eval_path=./folder", "data.eval_split=test"], []),
+        (["data.path=rows.jsonl", "data.eval_path=e/f", "data.split=dev", "data.name=main"], []),
+        (["data.eval_path=rows.jsonl", "data.eval_split=test"], ["data.eval_split"]),
+        (
+            ["~data.path", "data.sources.a.path=./folder", "data.sources.a.split=dev", "data.eval_split=test"],
+            ["data.eval_split"],
+        ),
+        (["~data.path", "data.sources.a.path=rows.jsonl", "data.sources.a.split=dev"], ["data.sources.a.split"]),
+    ],
+)
+def test_folders_and_hub_data_sets_have_splits_and_files_have_none(tmp_path, monkeypatch, overrides, unused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    warnings = compose([*BASE, *overrides]).warnings
+    assert [line.split(": ")[1].removesuffix(" has no effect") for line in warnings] == unused
+
+
 def test_a_system_prompt_has_its_effect_without_a_chat_template():
     assert compose([*BASE, "data.chat=never", "data.system=Be brief."]).warnings == []
 

@@ -56,6 +56,8 @@ def test_overrides_beat_the_recipe_and_options_the_defaults():
         "[a",
         "{b",
         '"',
+        '"in quotes"',
+        "'(.+)'",
         "6e12345",
         "1.0",
         "a: b",
@@ -308,6 +310,21 @@ def test_a_source_of_ones_own_sheds_what_belonged_to_the_recipes_source():
     assert compose(["recipe=r"]).config.model.revision == "v1"
     assert compose(["recipe=r", "model.path=c/d"]).config.model.revision is None
     assert compose(["recipe=r", "model.path=c/d", "model.revision=v2"]).config.model.revision == "v2"
+
+
+def test_a_folder_of_ones_own_keeps_the_recipes_splits_where_it_has_some():
+    def read(*files: str):
+        for file in files:
+            write(file, "{}")
+        data = compose(["recipe=smollm2_gsm8k", f"data.path={Path(files[0]).parts[0]}"]).config.data
+        return data.name, data.eval_split
+
+    assert read("copy/train.jsonl", "copy/test.jsonl") == (None, "test")
+    assert read("saved/dataset_dict.json", "saved/train/state.json", "saved/test/state.json") == (None, "test")
+    # Held-out rows by another name are not passed over in silence: reading the rows asks for the split.
+    assert read("named/train.jsonl", "named/dev.jsonl") == (None, "test")
+    assert read("plain/part-1.jsonl", "plain/latest.jsonl") == (None, None)
+    assert read("alone/train.jsonl") == (None, None)
 
 
 def test_base_values_in_place_of_a_recipe():

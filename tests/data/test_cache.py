@@ -55,6 +55,15 @@ def test_a_mixture_comes_back_as_mixed(config, tokenizer):
     assert again.report.as_dict()["sources"] == first.report.as_dict()["sources"]
 
 
+def test_a_split_that_a_mixture_does_not_use_is_not_looked_for(tmp_path, write_rows, tokenizer, own_cache):
+    (tmp_path / "set").mkdir()
+    write_rows([{"prompt": f"ask {i}", "completion": "x"} for i in range(9)], "set/train.jsonl")
+    mixture = DataConfig(sources={"a": SourceConfig(path=str(tmp_path / "set"))}, eval_split="test")
+    rows = list(prepare_data(mixture, tokenizer).train)
+    assert rows == list(prepare_data(replace(mixture, cache=False), tokenizer).train)
+    assert len(list(own_cache.iterdir())) == 1
+
+
 def test_whatever_decides_the_rows_decides_the_entry(config, tokenizer, chat_tokenizer, bos_tokenizer, write_rows):
     def name(config=config, tokenizer=tokenizer) -> str:
         entry = cache_entry(config, tokenizer)

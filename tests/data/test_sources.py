@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -112,6 +113,29 @@ def test_csv_rows_with_other_numbers_of_fields_or_stray_quotes_are_named(tmp_pat
     ]
 
 
+def test_a_tsv_with_one_column_may_hold_commas(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\nHello, world\nSemi; colon\n")
+    assert [row.values for row in read_rows(str(path))] == [{"text": "Hello, world"}, {"text": "Semi; colon"}]
+
+
+def test_a_csv_header_that_cannot_be_read_is_an_error_of_the_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('"prompt" ,"completion"\nhello,world\n')
+    with pytest.raises(UserError, match="the header cannot be read"):
+        list(read_rows(str(path)))
+
+
+def test_a_number_of_hundreds_of_digits_rejects_its_row(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        f'{{"prompt": "a", "completion": {"9" * 400}}}\n{"9" * 400}\n{{"prompt": "a", "completion": "b"}}\n'
+    )
+    data = prepare_data(DataConfig(path=str(path), eval_fraction=0.0, max_rejected=2), tokenizer)
+    assert [row.line for row in data.report.sources[0].rejected] == [2, 1]
+    assert len(data.train) == 1
+
+
 def test_a_csv_field_may_be_long_and_the_limit_is_left_as_it_was(tmp_path):
     limit = csv.field_size_limit()
     path = tmp_path / "rows.csv"
@@ -156,6 +180,47 @@ def test_folders(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no data file"):
         read_rows(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "read"),
+    [
+        (["latest.jsonl", "part-1.jsonl"], "train", ["latest.jsonl", "part-1.jsonl"]),
+        (["training.jsonl"], "train", ["training.jsonl"]),
+        (["train.jsonl", "training-more.jsonl"], "train", ["train.jsonl"]),
+        (["gsm8k_train1.jsonl", "gsm8k_dev.jsonl"], "validation", ["gsm8k_dev.jsonl"]),
+        (["train_sft.jsonl", "train_gen.jsonl"], "train_sft", ["train_sft.jsonl"]),
+        (["latest.jsonl", "training.jsonl"], "test", None),
+        (["rows.jsonl", "val.jsonl"], "train", None),
+    ],
+)
+def test_files_of_a_split_are_told_by_whole_words(tmp_path, files, split, read):
+    for file in files:
+        as_jsonl(tmp_path / file)
+    if read is None:
+        with pytest.raises(UserError, match="named after the split"):
+            read_rows(str(tmp_path), split=split)
+    else:
+        assert sorted({Path(row.file).name for row in read_rows(str(tmp_path), split=split)}) == read
+
+
+def test_held_out_rows_of_a_folder_are_those_of_the_split(tmp_path, write_rows, tokenizer):
+    write_rows([{"prompt": "a", "completion": "x"}], "train.jsonl")
+    write_rows([{"prompt": "b", "completion": "x"}], "test.jsonl")
+    data = prepare_data(DataConfig(path=str(tmp_path), eval_split="test"), tokenizer)
+    assert [row["instruction"] for row in (*data.train, *data.heldout)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["pattern", "folder", "saved"])
+def test_rows_without_splits_give_no_held_out_split(tmp_path, tokenizer, kind):
+    import datasets
+
+    as_jsonl(tmp_path / "latest.jsonl")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    path = {"pattern": tmp_path / "*.jsonl", "folder": tmp_path, "saved": tmp_path / "saved"}[kind]
+    with pytest.raises(UserError, match="=test names no rows") as caught:
+        prepare_data(DataConfig(path=str(path), eval_split="test"), tokenizer)
+    assert "data.eval_path" in str(caught.value.findings[0].fix)
 
 
 def test_a_misspelt_file_is_told_from_a_hub_id(tmp_path):

@@ -9,9 +9,12 @@ import json
 import pytest
 import torch
 
+from qmemtune.config.evaluation import EvaluationConfig
 from qmemtune.errors import UserError
-from qmemtune.evaluation.harness import run_tasks
+from qmemtune.evaluation.harness import find_tasks, run_tasks
+from qmemtune.evaluation.verb import measure
 
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 installed = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not installed, reason="lm-eval is not installed (the extra `eval`)")
 
@@ -54,12 +57,37 @@ def test_tasks_of_a_folder_run_offline_and_leave_the_model(llama, tokenizer, tas
 
 
 @needs_harness
-def test_unknown_tasks_are_named(llama, tokenizer, tmp_path):
+def test_a_task_is_known_by_its_name_or_by_the_path_of_its_folder(task_folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="hellaswagg") as error:
-        run_tasks(llama, tokenizer, ["hellaswagg"])
+        find_tasks(["hellaswagg"])
     assert "hellaswag" in str(error.value.findings[0].fix)
+    monkeypatch.chdir(tmp_path)
+    # A folder of rows beside the run.
+    (tmp_path / "gsm8k").mkdir()
+    assert find_tasks(["gsm8k"])[0] == ["gsm8k"]
+    assert find_tasks(["tasks"])[0] == find_tasks(["./tasks"])[0] == ["tiny_capitals"]
     with pytest.raises(UserError, match="holds no harness task"):
-        run_tasks(llama, tokenizer, [str(tmp_path)])
+        find_tasks(["./gsm8k"])
+    with pytest.raises(UserError, match="no such folder"):
+        find_tasks(["./nowhere"])
+
+
+@needs_harness
+def test_tasks_are_looked_up_before_anything_is_measured(llama, tokenizer, rows, tmp_path):
+    news = []
+    options = EvaluationConfig(tasks=[str(tmp_path)])
+    with pytest.raises(UserError, match="holds no harness task"):
+        measure(llama, tokenizer, rows, options, progress=lambda *facts: news.append(facts), **CPU)
+    assert news == []
+
+
+@needs_harness
+def test_what_was_measured_stays_when_the_harness_fails(llama, tokenizer, rows, task_folder, tmp_path):
+    (tmp_path / "capitals.jsonl").unlink()
+    options = EvaluationConfig(tasks=[str(task_folder)])
+    found = measure(llama, tokenizer, rows, options, **CPU).as_dict()
+    assert found["loss"] > 0
+    assert "capitals.jsonl" in found["tasks"][str(task_folder)]["error"]
 
 
 def test_a_missing_harness_says_how_to_get_it(llama, tokenizer, monkeypatch):
