@@ -178,7 +178,7 @@ def training_attention(*, written_out: bool = True) -> Iterator[None]:
     ) -> Tensor:
         if span.slots is not None and written_out and is_meant(query, key, value, options):
             return short_attention(query, key, value, span.mask, scale_of(query, options), span.slots)
-        parts = zip(*(tensor.split(span.lengths, dim=2) for tensor in (query, key, value)), span.masks, strict=True)
+        parts = zip(*(parts_of(tensor, span.lengths) for tensor in (query, key, value)), span.masks, strict=True)
         causal = {**options, "is_causal": True}
         return one_behind_the_other([
             one_call(module, q, k, v, mask, causal if mask is None else options, kept) for q, k, v, mask in parts
@@ -195,7 +195,7 @@ def training_attention(*, written_out: bool = True) -> Iterator[None]:
             return one_call(module, query, key, value, attention_mask, options, kept), None
         kept = may_keep(query, [span.lengths[0] for span in spans if span.slots is None])
         lengths = [sum(span.lengths) for span in spans]
-        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), spans, strict=True)
+        parts = zip(*(parts_of(tensor, lengths) for tensor in (query, key, value)), spans, strict=True)
         made = [over_span(module, q, k, v, span, options, kept) for q, k, v, span in parts]
         return one_behind_the_other(made), None
 
@@ -211,6 +211,12 @@ def training_attention(*, written_out: bool = True) -> Iterator[None]:
 def is_bare(mask: Tensor) -> bool:
     """Whether this is a mask of :func:`mask_of_rows`, which a copy leaves without its rows."""
     return mask.dim() == 4 and mask.numel() > 1 and mask.stride()[2:] == (0, 0)
+
+
+def parts_of(tensor: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """What belongs to each of the rows of these lengths, of a tensor (B, H, N, D)."""
+    # The backward pass of a split copies, even of one into one part.
+    return (tensor,) if len(lengths) == 1 else tensor.split(list(lengths), dim=2)
 
 
 def one_behind_the_other(parts: Sequence[Tensor]) -> Tensor:

@@ -219,6 +219,23 @@ def test_what_short_attention_cannot_compute_falls_to_the_kernel_row_by_row(alon
     assert alone == {3, 5, 7, 9, 12}
 
 
+def test_a_row_alone_is_not_split_again():
+    """The backward pass of a split copies: once for queries, keys and values of a layer, and not for each row too."""
+    model, lengths = adapted("lora"), [70, 80, 90]
+    ids = torch.randint(1, 96, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(tokens) for tokens in lengths]).unsqueeze(0)
+    with training_attention(), rows_of(lengths):
+        loss = model(input_ids=ids, position_ids=positions, use_cache=False).logits.sum()
+    nodes, names = [loss.grad_fn], {}
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in names:
+            names[node] = node.name()
+            nodes += [after for after, _ in node.next_functions]
+    splits = sum("Split" in name for name in names.values())
+    assert splits == 3 * SMALL["num_hidden_layers"]
+
+
 def test_a_mask_that_lost_its_rows_is_no_mask_for_all_tokens():
     config = GPT2Config(
         vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,

@@ -100,10 +100,11 @@ def _same(module: nn.Module) -> bool:
         # Nothing to compare where tensors have no numbers.
         return True
     probe = copy.copy(module)
-    parts = {"gate_proj": _Times(0.5), "up_proj": _Times(2.0), "down_proj": _Times(0.25), "act_fn": module.act_fn}
+    down = _Times(0.25)
+    parts = {"gate_proj": _Times(0.5), "up_proj": _Times(2.0), "down_proj": down, "act_fn": module.act_fn}
     probe.__dict__.update(_modules=parts)
     try:
         own = type(module).forward(probe, x)
     except Exception:  # noqa: BLE001 - a model's own code may ask more of its projections
         return False
-    return isinstance(own, Tensor) and torch.equal(own, parts["down_proj"](_opened(x * 0.5).mul_(x * 2.0)))
+    return isinstance(own, Tensor) and torch.equal(own, down(_opened(x * 0.5).mul_(x * 2.0)))
