@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 from transformers import TrainingArguments
@@ -78,6 +79,8 @@ def training_arguments(config: Config, *, device: torch.device, dtype: torch.dty
         seed=config.seed,
         full_determinism=trainer.deterministic,
         dataloader_num_workers=trainer.num_workers,
+        # Forked ones leave signals to the main process, see qmemtune.engine.interrupt.
+        dataloader_multiprocessing_context="fork" if trainer.num_workers and sys.platform == "linux" else None,
         # A worker that lives on would keep the first epoch's order.
         dataloader_persistent_workers=False,
         dataloader_pin_memory=device.type == "cuda",

@@ -54,7 +54,8 @@ class BadSteps:
         return Diverged(
             f"{steps} left out because loss or gradient is no number ({self.latest} at step {step}); {saved}",
             where=str(self.log.path),
-            fix="look at the rows named there, lower optimizer.learning_rate, or use model.compute_dtype=float32",
+            fix="look at the rows named there, or go on with a lower optimizer.learning_rate or with "
+            "model.compute_dtype=float32 (resume=auto resume.allow_changes=true)",
         )
 
     def skip(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:

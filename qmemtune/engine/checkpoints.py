@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ WRITING = ".writing"
 """Folder, beside the checkpoints, in which the next one is being written."""
 DELETING = ".deleting-"
 """Start of the name of a checkpoint that is being deleted."""
+ASIDE = "damaged-"
+"""Start of the name of a damaged checkpoint that a run has gone on before."""
+LOADED = (".bin", ".distcp", ".json", ".pt", ".pth", ".safetensors")
+"""Endings of the files that loading a checkpoint looks for."""
 NAME = re.compile(r"checkpoint-(\d+)")
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 OWN = ("totals.json", "best.json")
@@ -75,8 +80,9 @@ def checked(path: Path) -> Checkpoint:
     if named and int(named[1]) != checkpoint.step:
         bad.append(f"its files are of step {checkpoint.step}")
     if checkpoint.format > 1:
-        # A stray model.safetensors would be loaded in place of the adapter.
-        present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and not f.name.startswith(".")}
+        # A stray model.safetensors would be loaded in place of the adapter; a note of the user's harms nothing.
+        files = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        present = {str(file.relative_to(path)) for file in files if file.suffix in LOADED}
         bad += [f"{name} was not written with it" for name in sorted(present - {*checkpoint.files, MANIFEST})]
     if bad:
         raise NotComplete(f"checkpoint is damaged: {'; '.join(bad)}", where=str(path), fix=ANOTHER)
@@ -175,13 +181,34 @@ def rotate(root: Path, limit: int | None, *, newest: Path) -> None:
             discard(checkpoint.path)
 
 
-def remove_later(root: Path, step: int) -> None:
-    """Delete checkpoints after ``step``, and remains: a run goes on from there."""
+def remove_later(root: Path, step: int) -> list[Path]:
+    """Clear away checkpoints after ``step``, and remains: a run goes on from there.
+
+    Complete ones are deleted. Damaged ones get another name: what is whole in them may be wanted yet.
+
+    Returns:
+        The new paths of damaged ones.
+    """
+    aside = []
     for path in found_checkpoints(root):
         if int(path.name.partition("-")[2]) > step:
-            discard(path)
+            try:
+                checked(path)
+            except UserError:
+                aside.append(set_aside(path))
+            else:
+                discard(path)
     for path in [root / WRITING, *root.glob(f"{DELETING}*")]:
         shutil.rmtree(path, ignore_errors=True)
+    return aside
+
+
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint a name that is none of a checkpoint, and that nothing else has."""
+    aside, numbers = path.with_name(ASIDE + path.name), count(2)
+    while os.path.lexists(aside):
+        aside = path.with_name(f"{ASIDE}{path.name}-{next(numbers)}")
+    return path.rename(aside)
 
 
 def discard(path: Path) -> None:

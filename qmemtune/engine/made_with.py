@@ -56,6 +56,8 @@ class Change:
     words: str
     breaks: bool
     """Whether the run may end otherwise than it would have."""
+    way_out: str | None = None
+    """Where no run can go on with it, whatever is allowed."""
 
 
 def made_with(
@@ -187,6 +189,7 @@ def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) ->
         before, after = (setting.get(key) for setting in settings)
         if before == after:
             continue
+        words, way_out = f"{key} was {shown(before)} and is {shown(after)}", None
         if key.startswith("data."):
             # What the options make of the rows has been compared; packing also cuts them to a length.
             breaks = rows_differ or (key == "data.max_length" and config.trainer.packing)
@@ -196,8 +199,16 @@ def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) ->
             breaks = config.trainer.keep_best or config.trainer.early_stopping_patience is not None
         else:
             breaks = not key.startswith(HARMLESS)
-        found.append(Change(f"{key} was {shown(before)} and is {shown(after)}", breaks))
+        if key == "optimizer.name" and kind_of_state(before) != kind_of_state(after):
+            words += ", which cannot go on from the other's state"
+            way_out = f"give {key}={before} as before, or start a new run"
+        found.append(Change(words, breaks, way_out))
     return found
+
+
+def kind_of_state(optimizer: Any) -> str:
+    """What an optimizer of this name keeps; a paged one keeps the same elsewhere."""
+    return str(optimizer).removeprefix("paged_")
 
 
 def may_be_longer(config: Config) -> bool:
@@ -230,15 +241,17 @@ def check_unchanged(checkpoint: Checkpoint, now: dict[str, Any], config: Config)
     """What the user should know about changes since a checkpoint was written.
 
     Raises:
-        ChangedRun: a change breaks exactness and ``resume.allow_changes`` is not set.
+        ChangedRun: a change breaks exactness and ``resume.allow_changes`` is not set, or it makes the checkpoint's
+            state unusable.
     """
     found = changes_since(checkpoint, now, config)
     if found is None:
         return [f"{checkpoint.path} does not say what it was made with: nothing is compared with this run's config"]
-    breaking = [change for change in found if change.breaks]
-    if breaking and not config.resume.allow_changes:
-        fix = "make it what it was, or add resume.allow_changes=true: the run then ends otherwise than it would have"
-        raise ChangedRun.many([Finding(change.words, str(checkpoint.path), fix) for change in breaking])
+    refused = [change for change in found if change.way_out or (change.breaks and not config.resume.allow_changes)]
+    if refused:
+        allow = "make it what it was, or add resume.allow_changes=true: the run then ends otherwise than it would have"
+        where = str(checkpoint.path)
+        raise ChangedRun.many([Finding(change.words, where, change.way_out or allow) for change in refused])
     since = f"since {checkpoint.path.name}"
     return [
         f"warning: {since} {change.words}: the run ends otherwise than it would have"

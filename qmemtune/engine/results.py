@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from peft import PeftModel
 
 from qmemtune.adapters import describe
 from qmemtune.engine.environment import peak_gpu_mib, peak_rss_mib, seconds_since_start
@@ -49,8 +44,7 @@ def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
         shutil.rmtree(beside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     try:
-        with without_frozen_head(task.model):
-            trainer.save_model(str(beside), _internal_call=True)
+        trainer.save_model(str(beside), _internal_call=True)
         if trainer.args.should_save:
             (beside / "training_args.bin").unlink(missing_ok=True)
             task.save_beside(beside)
@@ -60,20 +54,6 @@ def save_adapter(trainer: RunTrainer, task: Task, run: RunDir) -> None:
     finally:
         if trainer.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)
-
-
-@contextmanager
-def without_frozen_head(model: PeftModel) -> Iterator[None]:
-    """Whatever saves the model meanwhile saves what the adapter trains, and nothing else.
-
-    By itself PEFT adds the whole output head of the base where the adapter has an update of it, in case its vocabulary
-    was resized. No base is resized here, and modules that the adapter trains whole are saved in any case.
-    """
-    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
-    try:
-        yield
-    finally:
-        del model.save_pretrained
 
 
 def summarise(trainer: RunTrainer, task: Task, run: RunDir, memory: Memory | None) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from qmemtune.rundir import RunDir
 
 STATE = ("adapter_model.safetensors", "best_weights.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 """Files of a checkpoint from which everything after it follows."""
+COMPARED = ("train", "evaluation", "routes")
+"""Events of the log that follow from training; a warning may come of a tracking service or a touched file."""
 SHOWN_DIFFERENCES = 20
 
 
@@ -178,8 +180,8 @@ def make_again(replay: Replay, config: Config, run: RunDir, again: RunDir, told:
 
 
 def within(lines: list[dict[str, Any]], replay: Replay) -> list[dict[str, Any]]:
-    """The lines of the replayed steps."""
-    return [line for line in lines if replay.start < line["step"] <= replay.end]
+    """The lines of the replayed steps that are compared."""
+    return [line for line in lines if line["event"] in COMPARED and replay.start < line["step"] <= replay.end]
 
 
 def compare_lines(recorded: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,7 +144,8 @@ def run_in_folder(
     config, run, memory = composed.config, opened.run, checked.memory if checked else None
     first = args.process_index == 0
     if first:
-        open_folder(opened, composed, args, dtype)
+        for path in open_folder(opened, composed, args, dtype):
+            progress.message(f"a damaged checkpoint is kept as {path}: nothing uses it, and it may be deleted")
     with memory_errors_explained(memory, lambda: capacity(args.device)):
         if make_task is not None:
             task = make_task(args, dtype)
@@ -197,8 +199,12 @@ def run_in_folder(
     return summary
 
 
-def open_folder(opened: Opened, composed: Composed, args: TrainingArguments, dtype: torch.dtype) -> None:
-    """Write what is known before training, and remove what does not belong to the run that now starts."""
+def open_folder(opened: Opened, composed: Composed, args: TrainingArguments, dtype: torch.dtype) -> list[Path]:
+    """Write what is known before training, and remove what does not belong to the run that now starts.
+
+    Returns:
+        Damaged checkpoints that are kept under these names.
+    """
     run = opened.run
     run.path.mkdir(parents=True, exist_ok=True)
     run.summary.unlink(missing_ok=True)
@@ -210,7 +216,7 @@ def open_folder(opened: Opened, composed: Composed, args: TrainingArguments, dty
     for path in run.logs:
         JsonLines(path).truncate(step, opened.checkpoint.log_lines.get(path.name) if opened.checkpoint else None)
     run.checkpoints.mkdir(exist_ok=True)
-    checkpoints.remove_later(run.checkpoints, step)
+    return checkpoints.remove_later(run.checkpoints, step)
 
 
 def write_config(run: RunDir, config: Config) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from transformers import TrainingArguments
 
 from qmemtune.engine import checkpoints
@@ -60,3 +63,17 @@ def complete_checkpoint(parts: Parts, args: TrainingArguments, written: Path, *,
     if not parts.bad_steps.exhausted:
         # Weights that lead to bad steps only may be worse than those of every earlier checkpoint.
         checkpoints.rotate(root, parts.config.trainer.save_total_limit, newest=newest)
+
+
+@contextmanager
+def without_frozen_head(model: PeftModel) -> Iterator[None]:
+    """Whatever saves the model meanwhile saves what the adapter trains, and nothing else.
+
+    By itself PEFT adds the whole output head of the base where the adapter has an update of it, in case its vocabulary
+    was resized. No base is resized here, and modules that the adapter trains whole are saved in any case.
+    """
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained

@@ -28,9 +28,10 @@ from qmemtune.engine.fused import fused_on_cpu
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.parts import Parts
 from qmemtune.engine.prior_schedule import PriorSchedule
+from qmemtune.engine.resume import apply_settings, settings_of
 from qmemtune.engine.rhythm import Rhythm
 from qmemtune.engine.router_watch import RouterWatch, logged, scalars
-from qmemtune.engine.saving import save_checkpoint
+from qmemtune.engine.saving import save_checkpoint, without_frozen_head
 from qmemtune.engine.step_numbers import StepNumbers
 from qmemtune.engine.totals import Stopwatch
 from qmemtune.engine.tracking import guard_backends
@@ -51,6 +52,7 @@ class RunTrainer(Trainer):
 
     # Trainer sets these; its module is not typed.
     optimizer: Any
+    lr_scheduler: Any
     control: Any
     state: Any
 
@@ -70,6 +72,8 @@ class RunTrainer(Trainer):
         self.step_numbers = StepNumbers(task, self.accelerator, args.device)
         self._loss: float | None = 0.0
         """Mean loss of the latest step; None if the step was left out."""
+        self._settings: list[dict[str, Any]] | None = None
+        """Of the optimizer's groups, by the config; None before there is one, and if it is DeepSpeed's own."""
         self._stopping = False
         """Whether a signal asked to stop."""
         self.ended = False
@@ -140,6 +144,7 @@ class RunTrainer(Trainer):
             )
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = kind(groups, **options)
+            self._settings = settings_of(self.optimizer)
         return self.optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -165,7 +170,8 @@ class RunTrainer(Trainer):
                 raise Diverged(
                     f"the loss of step {step} is {numbers[1]}, and DeepSpeed has applied its gradient already",
                     where=str(self.parts.bad_steps.log.path),
-                    fix="go on from the last checkpoint with a lower optimizer.learning_rate",
+                    fix="go on from the last checkpoint with a lower optimizer.learning_rate "
+                    "(resume=auto resume.allow_changes=true)",
                 )
 
     def _overflow_is_expected(self) -> bool:
@@ -287,8 +293,17 @@ class RunTrainer(Trainer):
 
     # Checkpoints
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._settings is not None:
+            apply_settings(self._settings, self.optimizer, self.lr_scheduler)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / WRITING)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with without_frozen_head(self.parts.task.model):
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         write = partial(super()._save_checkpoint, model, trial)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from qmemtune.cli.app import main
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 
 TASK = """
 task: tiny

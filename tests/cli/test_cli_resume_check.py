@@ -109,3 +109,14 @@ def test_a_run_without_anything_to_compare_is_an_error(run, check):
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").write_text("")
     assert "no log and no checkpoint" in check(run, code=2)["error"]["problem"]
+
+
+def test_what_is_logged_beside_training_is_not_compared(run, check):
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == 5)
+    message = "warning: the tracking back-end tensorboard failed and is switched off"
+    lines.insert(at, json.dumps({"event": "warning", "step": 5, "message": message}) + "\n")
+    (run / "metrics.jsonl").write_text("".join(lines))
+    report = check(run, code=0)
+    assert report["exact"] is True
+    assert report["compared"]["losses"] == 2

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qmemtune.engine import made_with
@@ -154,6 +155,23 @@ def test_a_base_whose_config_changes_in_place_is_named(composed, own_base, tmp_p
         go_on()
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"num_hidden_layers": 3, "layer_types": None}, "it has weights for 4 layers, and the model's adapter is in 3"),
+        ({"intermediate_size": 48}, "mlp.down_proj.lora_A.weight has the shape [4, 64], and [4, 48] in the model"),
+    ],
+)
+def test_a_base_of_another_shape_is_refused_whatever_is_allowed(composed, own_base, tmp_path, other, words):
+    go_on, file = stopped_on(own_base, composed, tmp_path), own_base / "config.json"
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **other}))
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        go_on("resume.allow_changes=true")
+    assert error.value.exit_code == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_a_checkpoint_that_does_not_know_its_base_goes_on(halfway, monkeypatch):
     real = made_with.read_json
     monkeypatch.setattr(
@@ -209,3 +227,72 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(halfway,
     (path / "manifest.json").write_text(json.dumps({**facts, "digest": digest(facts)}))
     with pytest.raises(UserError, match=r"format 99.*upgrade qmemtune to 77\.0"):
         halfway()
+
+
+OPTIMIZER = (
+    "optimizer.learning_rate=0.02", "optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.9]", "optimizer.eps=0.1",
+    "adapter.memory_learning_rate_multiplier=2", "adapter.core_weight_decay=0.5",
+)  # fmt: skip
+STEPWISE = (*LONG, "trainer.logging_steps=1", "optimizer.warmup_steps=1")
+ALLOWED = ("resume=auto", "resume.allow_changes=true")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run that was stopped after its second step is kept, and how it ends undisturbed."""
+    return tmp_path_factory.mktemp("stopped")
+
+
+@pytest.mark.parametrize("override", OPTIMIZER)
+def test_a_changed_optimizer_setting_is_that_of_the_next_step(stopped, composed, adapter_bytes, tmp_path, override):
+    if not (stopped / "whole").exists():
+        train(composed(*STEPWISE, adapter="queryable"), until=2)
+        shutil.copytree(tmp_path / "run", stopped / "run")
+        summary = train(composed(*STEPWISE, "resume=auto", adapter="queryable"))
+        shutil.copytree(summary["adapter"], stopped / "whole")
+        shutil.rmtree(tmp_path / "run")
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    summary = train(composed(*STEPWISE, override, *ALLOWED, adapter="queryable"))
+    assert adapter_bytes(Path(summary["adapter"])) != adapter_bytes(stopped / "whole")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "sgd"])
+def test_a_run_whose_optimizer_changed_goes_on_as_one_that_began_so(
+    composed, adapter_bytes, read_lines, tmp_path, name
+):
+    first = (*STEPWISE, f"optimizer.name={name}")
+    begun_so = (*first, *OPTIMIZER)
+    train(composed(*begun_so, adapter="queryable", run="whole"))
+    train(composed(*first, adapter="queryable"), until=2)
+    train(composed(*begun_so, *ALLOWED, adapter="queryable"), until=3)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    train(composed(*begun_so, *ALLOWED, adapter="queryable", run="again"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-3")
+    train(composed(*begun_so, *ALLOWED, adapter="queryable"))
+    whole, run, again = (tmp_path / folder for folder in ("whole", "run", "again"))
+
+    def stored(folder: Path, file: str):
+        return torch.load(folder / "checkpoints" / "checkpoint-4" / file, weights_only=True)
+
+    assert stored(run, "optimizer.pt")["param_groups"] == stored(whole, "optimizer.pt")["param_groups"]
+    assert stored(run, "scheduler.pt") == stored(whole, "scheduler.pt")
+    rates = [
+        [line["learning_rate"] for line in read_lines(folder / "metrics.jsonl") if line["event"] == "train"]
+        for folder in (whole, run)
+    ]
+    assert rates[0][2:] == rates[1][2:]
+    assert rates[0][:2] != rates[1][:2]
+    # Stopped once more, and not.
+    assert adapter_bytes(again / "adapter") == adapter_bytes(run / "adapter")
+
+
+def test_another_optimizer_is_refused_whatever_is_allowed(halfway):
+    with pytest.raises(ChangedRun, match=r'optimizer\.name was "adamw" and is "sgd"') as error:
+        halfway("optimizer.name=sgd", "resume.allow_changes=true")
+    assert error.value.exit_code == 2
+    assert error.value.findings[0].fix == "give optimizer.name=adamw as before, or start a new run"
+
+
+def test_a_paged_optimizer_goes_on_from_one_that_is_not(composed):
+    train(composed(*LONG, "optimizer.name=adamw_8bit"), until=2)
+    assert train(composed(*LONG, "optimizer.name=paged_adamw_8bit", *ALLOWED))["steps"] == 4

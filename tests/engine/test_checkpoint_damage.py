@@ -60,6 +60,11 @@ def dangling(file: Path) -> None:
     file.symlink_to("nowhere")
 
 
+def stray(file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"x")
+
+
 def change_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         facts = json.loads((folder / "manifest.json").read_text())
@@ -89,7 +94,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a file of another checkpoint": lambda folder: shutil.copy(
         folder.parent / "checkpoint-2" / "optimizer.pt", folder / "optimizer.pt"
     ),
-    "a stray model": lambda folder: (folder / "model.safetensors").write_bytes(b"x"),
+    "a stray model": lambda folder: stray(folder / "model.safetensors"),
+    "a stray adapter in a folder": lambda folder: stray(folder / "other" / "adapter_model.safetensors"),
     "all but the manifest": lambda folder: [f.unlink() for f in folder.iterdir() if f.name != "manifest.json"],
     "nothing in it": lambda folder: [f.unlink() for f in folder.iterdir()],
 }
@@ -161,6 +167,34 @@ def test_a_run_goes_on_past_a_damaged_checkpoint(run, composed, recorder):
     assert any("passed over" in message and "SHA-256" in message for message in progress.messages)
     # Two are kept, and both are whole.
     assert [c.step for c in complete_checkpoints(run / "checkpoints")] == [4, 6]
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_is_kept_under_another_name(run, composed, recorder):
+    root, options = run / "checkpoints", ("trainer.max_steps=6", "trainer.save_steps=2", "evaluation.at_end=false")
+    for name in ("damaged-checkpoint-6", "damaged-checkpoint-6-2"):
+        stray(root / "checkpoint-6" / "mine.json")
+        content = {file.name: file.read_bytes() for file in (root / "checkpoint-6").iterdir()}
+        progress = recorder()
+        train(composed("resume=auto", *options), progress=progress)
+        assert progress.steps == [5, 6]
+        assert {file.name: file.read_bytes() for file in (root / name).iterdir()} == content
+        assert any(f"is kept as {root / name}:" in message for message in progress.messages)
+    assert [c.step for c in complete_checkpoints(root)] == [4, 6]
+    assert newest_complete(root)[1] == []
+
+
+def test_a_note_beside_the_files_of_a_checkpoint_is_no_damage(run, composed):
+    (run / "checkpoints" / "checkpoint-6" / "why I kept this.txt").write_text("it is the good one")
+    opened = open_run(composed("resume=auto").config)
+    assert opened.checkpoint is not None
+    assert opened.checkpoint.step == 6
+
+
+def test_only_whole_ones_of_the_later_checkpoints_are_deleted(run):
+    root = run / "checkpoints"
+    flip_bit(root / "checkpoint-6" / "optimizer.pt")
+    assert checkpoints.remove_later(root, 2) == [root / "damaged-checkpoint-6"]
+    assert sorted(path.name for path in root.iterdir()) == ["checkpoint-2", "damaged-checkpoint-6"]
 
 
 def test_the_limit_counts_complete_ones_only(run):

@@ -18,7 +18,7 @@ from qmemtune.config.training import OptimizerConfig, TrainerConfig
 from qmemtune.engine import arguments, checkpoints, tracking
 from qmemtune.engine.environment import describe_environment, seconds_since_start
 from qmemtune.engine.folder import open_run, resume_command
-from qmemtune.engine.interrupt import listening
+from qmemtune.engine.interrupt import ECHO_S, listening
 from qmemtune.engine.metrics_log import JsonLines
 from qmemtune.engine.rhythm import Due, due_at
 from qmemtune.engine.sampler import SeededRandomSampler
@@ -107,8 +107,8 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert [c.step for c in checkpoints.complete_checkpoints(tmp_path)] == [2, 9, 10]
     checkpoints.rotate(tmp_path, 2, newest=tmp_path / "checkpoint-10")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11", "checkpoint-9"]
-    checkpoints.remove_later(tmp_path, 9)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-9"]
+    assert checkpoints.remove_later(tmp_path, 9) == [tmp_path / "damaged-checkpoint-11"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-9", "damaged-checkpoint-11"]
 
 
 def test_resume_needs_a_run():
@@ -180,13 +180,15 @@ def test_another_thread_listens_to_nothing():
     assert found == [False]
 
 
-def test_the_second_signal_leaves_at_once():
+def test_the_second_signal_leaves_at_once_and_an_echo_is_none():
     code = (
-        "import os, signal\n"
+        "import os, signal, time\n"
         "from qmemtune.engine.interrupt import listening\n"
         "with listening():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still here', flush=True)\n"
+        f"    time.sleep({ECHO_S * 1.2})\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('too late', flush=True)\n"
     )

@@ -9,11 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from qmemtune.engine.checkpoints import complete_checkpoints
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
+from qmemtune.rundir import RunDir
 
 # 21 training rows, 3 a batch, 2 batches a step: 4 steps an epoch, the last one of a single batch.
 HARD = (
@@ -207,3 +209,13 @@ def test_an_unfinished_run_is_not_overwritten(composed, recorder):
         train(composed(), progress=recorder(stop_at(1)))
     with pytest.raises(UserError, match="unfinished run"):
         train(composed())
+
+
+def test_checkpoints_hold_the_update_of_the_head_alone(composed, adapter_bytes):
+    head = ("adapter.target_modules=[q_proj,lm_head]", "trainer.save_steps=2")
+    whole = RunDir(Path(train(composed(*head, run="whole"))["run_dir"]))
+    for folder in (whole.adapter, whole.checkpoints / "checkpoint-2"):
+        assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+    train(composed(*head, run="cut"), until=2)
+    again = RunDir(Path(train(composed(*head, "resume=auto", run="cut"))["run_dir"]))
+    assert adapter_bytes(again.adapter) == adapter_bytes(whole.adapter)
