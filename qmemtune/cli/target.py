@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmemtune.cli.output import Output
+from qmemtune.config.values import from_text
 from qmemtune.errors import UserError
 from qmemtune.rundir import EXPORT_MARKER, RunDir, find_run
 
@@ -24,7 +25,7 @@ def take(key: str, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     value, rest = None, []
     for override in overrides:
         if override.startswith(f"{key}="):
-            value = override.removeprefix(f"{key}=").strip("'\"")
+            value = from_text(override.removeprefix(f"{key}="), str)
         else:
             rest.append(override)
     return value, rest

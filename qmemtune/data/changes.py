@@ -64,6 +64,8 @@ def places(config: DataConfig) -> Iterator[tuple[str, str]]:
     given = [(own.path, own.split) for own in source_configs(config).values()]
     if config.eval_path is not None:
         given.append((config.eval_path, config.eval_split or config.split))
+    elif config.eval_split is not None and not config.sources:
+        given.append((config.path, config.eval_split))
     return ((path, split) for path, split in given if path != MISSING and not path.startswith(GENERATED))
 
 

@@ -169,7 +169,7 @@ class Preparation:
             if not any(trained.values()):
                 raise UserError(
                     "every training row has the prompt of a held-out row",
-                    where=f"{config.path}, {config.eval_path}",
+                    where=f"{config.path}, {config.eval_path or f'split {config.eval_split}'}",
                     fix="give a data.eval_path with other rows, or leave it out: data.eval_fraction of the rows is "
                     "held out then",
                 )

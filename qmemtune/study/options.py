@@ -53,7 +53,7 @@ def read_request(arguments: Sequence[str]) -> Request:
         key, equals, value = argument.partition("=")
         variant = _FOR_VARIANT.match(argument)
         if equals and key == FOLDER_KEY:
-            request.folder = Path(value.strip("'\"")).expanduser()
+            request.folder = Path(from_text(value, str)).expanduser()
         elif equals and key.startswith(PREFIX):
             if key not in known:
                 close = nearest(key, [*known, FOLDER_KEY])

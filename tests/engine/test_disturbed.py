@@ -113,6 +113,13 @@ def test_a_data_file_that_changes_is_noticed(composed, recorder, adapter_bytes, 
     assert adapter_bytes(Path(summary["adapter"])) == adapter_bytes(Path(plain["adapter"]))
 
 
+def test_the_held_out_file_of_a_folder_is_watched(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "notes.jsonl"):
+        (tmp_path / name).write_text("x")
+    watched = WatchedFiles(DataConfig(path=str(tmp_path), eval_split="test"))
+    assert sorted(path.name for path in watched.states) == ["test.jsonl", "train.jsonl"]
+
+
 def test_every_local_file_of_a_config_is_watched(tmp_path):
     for name in ("a.jsonl", "b.csv", "folder/c.jsonl", "held.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
