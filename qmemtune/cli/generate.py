@@ -117,7 +117,7 @@ def _own_arguments(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]
 
 
 def _prompts(prompt: str | None, file: Path | None) -> Iterator[dict[str, Any]]:
-    """Rows with ``prompt`` (text or messages) and perhaps ``instruction``.
+    """Rows with ``prompt`` or ``messages`` and perhaps ``instruction``, or with the columns of a training row.
 
     Raises:
         UserError: the file cannot be read, or holds no prompt.
@@ -154,21 +154,29 @@ def _row(line: str, where: str, findings: list[Finding]) -> dict[str, Any]:
         fix = 'write {"prompt": "..."}, {"messages": [...]} or the columns of a training row'
         findings.append(Finding("no prompt", where, fix))
         return {}
-    # A row of other columns is what a prompt template with several fields, or alpaca's form, is filled with.
-    prompt = row.get("prompt", row.get("messages", row))
-    if not isinstance(prompt, str | list | dict):
+    if not isinstance(row.get("prompt", ""), str | list):
         findings.append(Finding("the prompt is no text", where, 'write {"prompt": "..."}'))
         return {}
-    if row.get("tools") and "messages" in row:
-        prompt = {"messages": row["messages"], "tools": row["tools"]}
-    instruction = row.get("instruction")
-    return {"prompt": prompt} | ({"instruction": instruction} if isinstance(instruction, str) else {})
+    return row
+
+
+def _asked(row: dict[str, Any]) -> tuple[Any, str | None]:
+    """What to answer, and the text for the instruction prior where the row gives it apart.
+
+    A row of other columns is one of a training file: it has all that its prompt and that text are made of.
+    """
+    for name in ("prompt", "messages"):
+        if name in row and row.keys() <= {name, "instruction"}:
+            instruction = row.get("instruction")
+            return row[name], instruction if isinstance(instruction, str) else None
+    return row, None
 
 
 def _answer(speaker: Speaker, row: dict[str, Any], out: Output, *, alone: bool) -> dict[str, Any]:
     if not alone and not out.as_json and out.stdout.isatty():
-        out.note(f"> {row['prompt']}")
-    return {**row, "answer": _say(speaker.stream(row["prompt"], row.get("instruction")), out)}
+        asked = row.get("prompt")
+        out.note(f"> {asked if isinstance(asked, str) else json.dumps(row, ensure_ascii=False)}")
+    return {**row, "answer": _say(speaker.stream(*_asked(row)), out)}
 
 
 def _say(pieces: Iterator[str], out: Output) -> str:

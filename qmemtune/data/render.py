@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qmemtune.config.data import CONVERSATIONS, DataConfig, is_chat
 from qmemtune.data.chat import ChatRenderer
-from qmemtune.data.conversations import Message, check_message, tool_list
+from qmemtune.data.conversations import Message, check_message
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.examples import Example, ExampleMaker, template
-from qmemtune.data.formats import alpaca_prompt
+from qmemtune.data.formats import FORMS, alpaca_prompt
 from qmemtune.data.mixture import source_configs
-from qmemtune.data.records import RawRow, RowError, as_text
+from qmemtune.data.records import RawRow, RowError
 from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.templates import TextParts
 from qmemtune.errors import UserError
@@ -75,18 +76,22 @@ class Renderer:
         leading = [] if self.chat is not None else self.encoder.bos_ids
         return [*leading, *(token for ids in self.encoder.encode([segments])[0] for token in ids)]
 
-    def prompt(
-        self, prompt: TextParts | Sequence[Message], user: str, tools: Sequence[dict[str, Any]] = ()
-    ) -> list[Segment]:
-        """Segments of a prompt: a conversation with the functions on offer, or text (dressed for plain rendering, bare
-        as ``user`` for a chat)."""
+    def prompt(self, prompt: TextParts | Sequence[Message], user: str) -> list[Segment]:
+        """Segments of a prompt: a conversation, or text (dressed for plain rendering, bare as ``user`` for a chat)."""
         system = self.config.system or ""
         if self.chat is None:
             return [self._plain_prompt(system, tuple(prompt))]  # type: ignore[arg-type]
         conversation = [m for m in prompt if isinstance(m, dict)] or [{"role": "user", "content": user}]
         if not any(m["role"] in ("system", "developer") for m in conversation):
             conversation = [*self._system(system), *conversation]
-        return self.chat.prompt(conversation, tools)
+        return self.chat.prompt(conversation)
+
+    def prompt_of(self, example: Example) -> list[Segment]:
+        """Segments of an example's prompt, as they stand before its (last) answer."""
+        if self.chat is None:
+            return [self._plain_prompt(example.system, example.prompt)]
+        asked = [*self._system(example.system), {"role": "user", "content": example.user}]
+        return self.chat.prompt(example.messages[:-1] or asked, example.tools)
 
     @staticmethod
     def _system(text: str) -> list[Message]:
@@ -108,15 +113,15 @@ class Renderer:
 
 
 def render_prompt(
-    config: DataConfig, tokenizer: Any, prompt: str | Sequence[Message] | Mapping[str, Any], *, form: str | None = None
+    config: DataConfig, tokenizer: Any, prompt: str | Sequence[Message], *, form: str | None = None
 ) -> list[int]:
     """Token ids that ``generate`` is fed for a prompt: rendered as the prompts of the training rows were.
 
     Args:
         config: the data options of the run; of several sets the first one's.
         tokenizer: the run's tokenizer.
-        prompt: the prompt's text (the one field of the prompt template, if there is one), a conversation that ends
-            with the turn to answer, or the columns of a row: those of the prompt, or ``messages`` and ``tools``.
+        prompt: the prompt's text (the one field of the prompt template, if there is one), or a conversation that ends
+            with the turn to answer.
         form: name of the row form; without it ``config.format``, and for auto the form of the training rows, if they
             are still there.
 
@@ -124,69 +129,134 @@ def render_prompt(
         UserError: the prompt does not fit the rendering, or is empty.
     """
     config = next(iter(source_configs(config).values()))
-    tools: Any = []
-    if isinstance(prompt, Mapping) and "messages" in prompt:
-        tools = prompt.get("tools") or []
-        prompt = prompt["messages"]
-    if not isinstance(prompt, str | Mapping):
+    if not isinstance(prompt, str):
         try:
             conversation = [check_message(message, number) for number, message in enumerate(prompt, start=1)]
             if not conversation or conversation[-1]["role"] == "assistant":
                 raise RowError("the conversation must end with a turn to answer")
             renderer = Renderer(config, "messages", tokenizer)
-            return renderer.prompt_ids(renderer.prompt(conversation, "", tool_list(tools)))
+            return renderer.prompt_ids(renderer.prompt(conversation, ""))
         except RowError as error:
             raise UserError(str(error), where="prompt") from error
-    form = form or (config.format if config.format != "auto" else form_of_training_rows(config))
+    form = form or form_of(config)
     renderer = Renderer(config, form, tokenizer)
     try:
         parts, user = prompt_parts(config, form, prompt)
         ids = renderer.prompt_ids(renderer.prompt(parts, user))
     except RowError as error:
         raise UserError(str(error), where="prompt") from error
+    return not_empty(ids)
+
+
+def render_row(config: DataConfig, tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], str]:
+    """The same for a row of a training file without its answer.
+
+    Args:
+        config: the data options of the run; of several sets the first one's.
+        tokenizer: the run's tokenizer.
+        row: its columns; a conversation ends with the turn to answer.
+
+    Returns:
+        the token ids, and the row's text for the instruction prior.
+
+    Raises:
+        UserError: the row has not the columns that prompts of this run are made of, or its prompt is empty.
+    """
+    config = next(iter(source_configs(config).values()))
+    form = form_of(config)
+    if form not in CONVERSATIONS:
+        turns = {name: FORMS[name].required[0] for name in CONVERSATIONS}
+        form = next((name for name, field in turns.items() if config.columns.get(field, field) in row), form)
+    if isinstance(row.get("prompt"), str) and not any(name in row for name in prompt_columns(config, form)):
+        # Beside other columns that mean nothing to this run.
+        instruction = row.get("instruction") or (row["prompt"] if config.instruction == "user" else "")
+        return render_prompt(config, tokenizer, row["prompt"], form=form), str(instruction)
+    try:
+        example = unanswered(config, form, row)
+    except RowError as error:
+        raise UserError(str(error), where="prompt") from error
+    renderer = Renderer(config, form, tokenizer)
+    return not_empty(renderer.prompt_ids(renderer.prompt_of(example))), example.instruction
+
+
+def prompt_columns(config: DataConfig, form: str) -> list[str]:
+    """Names of columns that prompts of this form are made of."""
+    text_template = template(config.prompt_template, "data.prompt_template")
+    used = FORMS[form].required if text_template is None else text_template.fields
+    return [config.columns.get(name, name) for name in used]
+
+
+def unanswered(config: DataConfig, form: str, row: Mapping[str, Any]) -> Example:
+    """A row without an answer as an example; what stands for the answer is of no account.
+
+    Raises:
+        RowError: it cannot be used.
+        UserError: it lacks a column.
+    """
+    columns = {field: column for field, column in config.columns.items() if column in row}
+    fields = dict(row)
+    if form in CONVERSATIONS:
+        (field,) = FORMS[form].required
+        column = columns.get(field, field)
+        turns = row.get(column)
+        speaker, text = ("from", "value") if form == "sharegpt" else ("role", "content")
+        answer = {speaker: "gpt" if form == "sharegpt" else "assistant", text: ANSWER}
+        if isinstance(turns, list):
+            if not turns or (isinstance(turns[-1], Mapping) and turns[-1].get(speaker) in ("assistant", "gpt", "model")):
+                raise RowError("the conversation must end with a turn to answer")
+            fields[column] = [*turns, answer]
+    else:
+        field = FORMS[form].completion_field or "completion"
+        fields[columns.get(field, field)] = ANSWER
+    asks_column = config.instruction == "column" and columns.get("instruction", "instruction") not in row
+    own = replace(
+        config,
+        format=cast(Any, form),
+        columns=columns,
+        completion_template=None,
+        remove_pattern=None,
+        group_by=None,
+        instruction="none" if asks_column else config.instruction,
+    )
+    made = RawRow(fields, "prompt", 1)
+    return ExampleMaker(own, [made]).example(made)
+
+
+ANSWER = "-"
+"""Stands for the answer of a row that has none."""
+
+
+def form_of(config: DataConfig) -> str:
+    """Name of the row form of a run."""
+    return config.format if config.format != "auto" else form_of_training_rows(config)
+
+
+def not_empty(ids: list[int]) -> list[int]:
+    """The tokens of a prompt.
+
+    Raises:
+        UserError: there are none.
+    """
     if not ids:
         raise UserError("the prompt is empty", where="prompt", fix="write at least one character")
     return ids
 
 
-def prompt_parts(config: DataConfig, form: str, prompt: str | Mapping[str, Any]) -> tuple[TextParts, str]:
-    """A prompt dressed for plain rendering, and bare for a chat.
-
-    Raises:
-        RowError: a column is no text, or none of them is a prompt.
-    """
+def prompt_parts(config: DataConfig, form: str, prompt: str) -> tuple[TextParts, str]:
+    """A prompt dressed for plain rendering, and bare for a chat."""
     text_template = template(config.prompt_template, "data.prompt_template")
     if text_template is not None and form not in CONVERSATIONS:
         fields = text_template.fields
-        if isinstance(prompt, str):
-            if len(fields) > 1:
-                raise UserError(
-                    f"the prompt template has several fields ({', '.join(fields)}) and the prompt is one text",
-                    where="data.prompt_template",
-                    fix="give rows of a file with these columns (--file prompts.jsonl)",
-                )
-            prompt = dict.fromkeys(fields, prompt)
-        values = prompt
-        text_template.check(list(values) or fields)
-        parts = text_template.render(lambda name: column_text(values[name], name))
+        if len(fields) > 1:
+            raise UserError(
+                f"the prompt template has several fields ({', '.join(fields)}) and the prompt is one text",
+                where="data.prompt_template",
+                fix="give rows of a file with these columns (--file prompts.jsonl)",
+            )
+        text_template.check(fields)
+        parts = text_template.render(lambda name: prompt)
         return parts, "".join(text for _, text in parts)
-    if isinstance(prompt, Mapping):
-        named = {field: prompt.get(config.columns.get(field, field)) for field in ("instruction", "prompt", "input")}
-        # Beside a prompt an instruction is text for the instruction prior.
-        column = "prompt" if named["prompt"] and form != "alpaca" else "instruction"
-        if not named[column]:
-            raise RowError("no prompt", f"the columns are {', '.join(prompt)}")
-        asked, extra = (column_text(named[field] or "", field) for field in (column, "input"))
-    else:
-        asked, extra = prompt, ""
-    if form == "alpaca":
-        return ((False, alpaca_prompt(asked, extra)),), f"{asked}\n\n{extra}" if extra.strip() else asked
-    return ((False, asked),), asked
-
-
-def column_text(value: object, name: str) -> str:
-    """A column of a prompt as text; numbers are written out."""
-    return str(value) if isinstance(value, int | float) else as_text(value, f"column '{name}'")
+    return ((False, alpaca_prompt(prompt) if form == "alpaca" else prompt),), prompt
 
 
 def form_of_training_rows(config: DataConfig, look_at: int = 64) -> str:

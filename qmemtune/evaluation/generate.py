@@ -15,7 +15,7 @@ from qmemtune.adapters.queryable import FixedWeights
 from qmemtune.config.schema import Config
 from qmemtune.data.encode import decoded
 from qmemtune.data.mixture import source_configs
-from qmemtune.data.render import render_prompt
+from qmemtune.data.render import render_prompt, render_row
 from qmemtune.evaluation.decode import end_tokens, start_token
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
 from qmemtune.models.bitsandbytes import keep_4bit_trainable
@@ -66,14 +66,16 @@ def stream_answer(
         seed: makes drawing repeatable. The global random state is not touched either way.
     """
     config = next(iter(source_configs(loaded.config.data).values()))
-    ids = render_prompt(config, loaded.tokenizer, prompt)
-    if instruction is None:
-        instruction = default_instruction(config.instruction, config.system, prompt)
+    if isinstance(prompt, Mapping):
+        ids, own = render_row(config, loaded.tokenizer, prompt)
+    else:
+        ids = render_prompt(config, loaded.tokenizer, prompt)
+        own = default_instruction(config.instruction, config.system, prompt)
     return stream_ids(
         loaded.model,
         loaded.tokenizer,
         ids,
-        instruction=instruction,
+        instruction=own if instruction is None else instruction,
         source=loaded.source,
         autocast=partial(autocast, loaded.device, loaded.dtype),
         max_new_tokens=max_new_tokens,
@@ -178,18 +180,13 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
-def default_instruction(kind: str, system: str | None, prompt: Prompt) -> str:
+def default_instruction(kind: str, system: str | None, prompt: str | Sequence[dict[str, Any]]) -> str:
     """The instruction text that training rows of this kind would have given; empty where that cannot be known.
 
     Args:
         kind: ``data.instruction``.
         system: the system prompt put before conversations that have none.
     """
-    if isinstance(prompt, Mapping) and "messages" in prompt:
-        prompt = prompt["messages"]
-    if isinstance(prompt, Mapping):
-        given = {"user": prompt.get("instruction") or prompt.get("prompt"), "column": prompt.get("instruction")}
-        return (given | {"system": prompt.get("system") or system}).get(kind) or ""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if kind == "user":
         return next((m["content"] for m in messages if m["role"] == "user"), "")

@@ -134,10 +134,6 @@ TALK = [
         ("system", TALK, "be brief"),
         ("system", "hello", "set"),
         ("column", TALK, ""),
-        ("user", {"prompt": "sort: 2 1"}, "sort: 2 1"),
-        ("user", {"instruction": "sort", "input": "2 1"}, "sort"),
-        ("column", {"instruction": "sort", "prompt": "2 1"}, "sort"),
-        ("system", {"prompt": "2 1"}, "set"),
         ("none", "hello", ""),
     ],
 )
