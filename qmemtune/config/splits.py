@@ -29,6 +29,11 @@ def names_split(name: str, *splits: str) -> bool:
     return any(_words(split) in words for split in splits)
 
 
+def begins_like_split(name: str, *splits: str) -> bool:
+    """Whether a word of a file's name begins with that of one of these splits: testdata does."""
+    return any(f" {split}" in _words(name) for split in splits)
+
+
 def _words(name: str) -> str:
     """The words of a name, with a blank before and behind each."""
     found = re.split(r"[\W_]+|(?<=\D)(?=\d)", name.lower())

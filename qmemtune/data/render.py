@@ -202,7 +202,8 @@ def unanswered(config: DataConfig, form: str, row: Mapping[str, Any]) -> Example
         speaker, text = ("from", "value") if form == "sharegpt" else ("role", "content")
         answer = {speaker: "gpt" if form == "sharegpt" else "assistant", text: ANSWER}
         if isinstance(turns, list):
-            if not turns or (isinstance(turns[-1], Mapping) and turns[-1].get(speaker) in ("assistant", "gpt", "model")):
+            last = turns[-1] if turns and isinstance(turns[-1], Mapping) else {}
+            if not turns or last.get(speaker) in ("assistant", "gpt", "model"):
                 raise RowError("the conversation must end with a turn to answer")
             fields[column] = [*turns, answer]
     else:

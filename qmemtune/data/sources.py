@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmemtune.config.paths import is_glob
-from qmemtune.config.splits import SPLITS, names_split
+from qmemtune.config.splits import SPLITS, begins_like_split, names_split
 from qmemtune.data.files import FAULTS, kind_of_file
 from qmemtune.data.jsonfiles import read_json, read_jsonl
 from qmemtune.data.records import RawRow, Rejected
@@ -32,6 +32,7 @@ READERS: dict[str, Reader] = {
 }
 GENERATED = "generated:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HELD_OUT = ("test", "valid", "eval")
 SPLIT_WORDS = [name for names in SPLITS.values() for name in names]
 
 
@@ -130,7 +131,9 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     if not named:
         other_names = next((names for names in SPLITS.values() if split.lower() in names), ())
         named = [file for file in files if names_split(file.stem, *other_names)]
-    if not named and any(names_split(file.stem, *SPLIT_WORDS) for file in files):
+    # One that begins like a split may mean something else; next to one for training it does not.
+    apart = [any(begins_like_split(file.stem, *names) for file in files) for names in (["train"], HELD_OUT)]
+    if not named and (all(apart) or any(names_split(file.stem, *SPLIT_WORDS) for file in files)):
         raise UserError(
             f"no file of the folder is named after the split '{split}': {', '.join(file.name for file in files)}",
             where=str(folder),

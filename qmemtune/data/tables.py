@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmemtune.data.files import FAULTS, open_bytes
+from qmemtune.data.files import FAULTS, kind_of_file, open_bytes
 from qmemtune.data.jsonfiles import check_encoding
 from qmemtune.data.records import RawRow, Rejected, excerpt
 from qmemtune.errors import UserError, first_line
@@ -31,7 +31,7 @@ def read_csv(path: Path) -> Iterator[RawRow | Rejected]:
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         with io.TextIOWrapper(open_bytes(path), newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            delimiter = "\t" if ".tsv" in path.suffixes[-2:] else guess_delimiter(file.readline())
+            delimiter = "\t" if kind_of_file(path) == ".tsv" else guess_delimiter(file.readline())
             file.seek(0)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             header: list[str] | None = None

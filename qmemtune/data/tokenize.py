@@ -16,6 +16,10 @@ CHUNK = 1024
 """Rows handed to the tokenizer at once."""
 
 
+class CutOff(RowError):
+    """Nothing in the loss is left before data.max_length."""
+
+
 def tokenize(
     examples: Sequence[Example],
     renderer: Renderer,
@@ -55,10 +59,11 @@ def tokenize(
                         add_row(builder, example, segments, ids, renderer, config, part)
                 except RowError as error:
                     errors.append(error)
-            if len(errors) == len(parts):
-                rejected.append(example.raw.rejected(errors[0]))
+            unusable = [error for error in errors if not isinstance(error, CutOff)]
+            if unusable or len(errors) == len(parts):
+                rejected.append(example.raw.rejected([*unusable, *errors][0]))
             else:
-                # Of a conversation that became a row an answer, what is over data.max_length is cut.
+                # Of a conversation that became a row an answer, later answers are cut like the end of a whole one.
                 part.truncated += len(errors)
         progress(min(start + CHUNK, len(examples)))
     return builder.rows(), rejected
@@ -93,7 +98,7 @@ def add_row(
     spans = [(max(start, 1), min(end, length)) for start, end in spans if max(start, 1) < min(end, length)]
     if not spans:
         if total > length:
-            raise RowError(
+            raise CutOff(
                 "all loss tokens are cut off by data.max_length",
                 f"the prompt has {prompt_length} tokens, data.max_length is {config.max_length}",
             )

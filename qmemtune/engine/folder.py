@@ -58,7 +58,7 @@ def choose(config: Config, make: bool) -> Opened:
     own = RunDir(checkpoint.path.absolute().parent.parent)
     if config.run_dir and Path(config.run_dir).expanduser().resolve() != own.path.resolve():
         return Opened(new_folder(config, make), checkpoint, [])
-    if not own.config.is_file():
+    if not config.run_dir and not own.config.is_file():
         raise UserError(
             "the checkpoint does not lie in a run folder",
             where=config.resume.path,
@@ -85,7 +85,8 @@ def new_folder(config: Config, make: bool) -> RunDir:
 
 def refuse_foreign(run: RunDir) -> None:
     """Raise UserError for a folder that no run has made, and that holds what one would replace."""
-    if (run.path / FORMAT_FILE).is_file():
+    # Runs of the first format did not say which one it was.
+    if (run.path / FORMAT_FILE).is_file() or (run.config.is_file() and run.environment.is_file()):
         return
     replaced = (run.config, run.environment, run.adapter, run.checkpoints, *run.logs)
     foreign = [path.name for path in replaced if path.exists()]
@@ -111,7 +112,7 @@ def newest(config: Config) -> Opened:
         passed = [f"warning: passed over {finding.where}: {finding.problem}" for finding in damaged]
         return Opened(run, found, [*passed, f"going on from {found.path}"])
     if damaged:
-        # Starting anew would delete what may still be repaired.
+        # Starting anew is not what was asked for while one may still be repaired.
         way = f"put a whole copy of one in its place, or delete {run.checkpoints} to start at step 0"
         raise UserError.many([replace(finding, fix=way) for finding in damaged])
     refuse_foreign(run)

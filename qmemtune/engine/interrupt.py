@@ -87,8 +87,8 @@ def leave_signals_to_main(request: StopRequest) -> None:
     Args:
         request: what the main process listens with.
     """
-    if signal.getsignal(signal.SIGTERM) != request.receive:
-        # The main process listens no more.
+    if not hasattr(signal, "sigwaitinfo") or signal.getsignal(signal.SIGTERM) != request.receive:
+        # macOS has no way to wait for it; or the main process listens no more.
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

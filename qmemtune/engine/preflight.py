@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from qmemtune.adapters import check_method, check_targets, describe
+from qmemtune.adapters.queryable import QueryableLinear
 from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
@@ -40,6 +41,7 @@ from qmemtune.engine.steps import StepCount, count_steps
 from qmemtune.engine.tracking import check_backends
 from qmemtune.errors import UserError
 from qmemtune.models.bitsandbytes import bitsandbytes_config
+from qmemtune.models.head import output_head
 from qmemtune.models.loading import load_tokenizer, refuse_second_quantization
 from qmemtune.rundir import RunDir
 
@@ -128,6 +130,9 @@ def preflight(
         else:
             memory = found.attempt(lambda: RunMemory(config, device, base=base, dtype=dtype, processes=world_size))
             model = None if memory is None else memory.model
+            if model is not None:
+                adapted = model
+                found.attempt(lambda: refuse_routed_head(adapted))
     form = BatchForm.of(config, device, base=base, checkpoint=None if opened is None else opened.checkpoint)
     steps = None
     if rows is not None:
@@ -183,6 +188,19 @@ def load_rows(config: Config, rejected: Path | None, loads: Loads, found: Findin
         return None
     packing = config.trainer.packing
     return Rows(data, PackedRows(data.train, config.data.max_length) if packing else data.train, tokenizer)
+
+
+def refuse_routed_head(model: PeftModel) -> None:
+    """Raise UserError for an output head with a queryable memory.
+
+    Loss and generation hand it some of the positions only, and routes belong to all of them.
+    """
+    if isinstance(output_head(model.get_base_model()), QueryableLinear):
+        raise UserError(
+            "the output head cannot have a queryable memory",
+            where="adapter.target_modules",
+            fix="leave it out, or use adapter=lora",
+        )
 
 
 def check_start(
@@ -270,7 +288,8 @@ def check_memory(
     config = memory.config
     workload = Workload.of(config, form, rows.train, epochs=steps.total / steps.per_epoch, world_size=world_size)
     forms = (has_fused_layers(config), has_training_attention(config))
-    key = (config.model, config.quantization, config.adapter, config.optimizer, forms, workload, world_size)
+    parts = (config.model, config.quantization, config.adapter, config.optimizer, memory.dtype)
+    key = (*parts, forms, workload, world_size)
 
     def traced() -> RunMemory:
         memory.estimate(workload)

@@ -113,6 +113,21 @@ def test_csv_rows_with_other_numbers_of_fields_or_stray_quotes_are_named(tmp_pat
     ]
 
 
+@pytest.mark.parametrize("held", ["testdata", "validset", "evalset"])
+def test_a_split_in_other_words_is_asked_about(tmp_path, held):
+    """Rather than trained on."""
+    for name in ("traindata", held):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UserError, match="no file of the folder is named after the split 'train'"):
+        list(read_rows(str(tmp_path)))
+
+
+def test_a_csv_may_be_named_after_a_tsv(tmp_path):
+    path = tmp_path / "rows.tsv.csv"
+    path.write_text("prompt,completion\na,b\n")
+    assert [row.values for row in read_rows(str(path))] == [{"prompt": "a", "completion": "b"}]
+
+
 def test_a_tsv_with_one_column_may_hold_commas(tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_text("text\nHello, world\nSemi; colon\n")

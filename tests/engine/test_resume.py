@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from qmemtune.engine.checkpoints import complete_checkpoints
+from qmemtune.engine.folder import open_run
 from qmemtune.engine.interrupt import Interrupted
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
@@ -193,6 +194,22 @@ def test_a_folder_that_no_run_has_made_keeps_what_it_holds(composed, tmp_path, r
     (project / "config.yaml").unlink()
     train(composed(*resume, "trainer.max_steps=1", run="project"))
     assert (project / "notes.txt").is_file()
+
+
+def test_a_checkpoint_that_was_copied_alone_goes_on_in_its_folder(composed, tmp_path):
+    summary = train(composed("trainer.max_steps=1", "evaluation.at_end=false"))
+    copied = tmp_path / "copied"
+    shutil.copytree(Path(summary["run_dir"]) / "checkpoints", copied / "checkpoints")
+    checkpoint = copied / "checkpoints" / "checkpoint-1"
+    again = train(composed("trainer.max_steps=2", f"resume={checkpoint}", "resume.allow_changes=true", run="copied"))
+    assert again["final_step"] == 2
+
+
+def test_a_run_of_the_first_format_is_no_stranger(composed, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "environment.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_text("{}\n")
+    assert open_run(composed("resume=auto").config).checkpoint is None
 
 
 def test_checkpoints_are_rotated_and_whole(composed):

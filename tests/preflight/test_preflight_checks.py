@@ -57,6 +57,16 @@ def test_a_missing_model_is_told_once(run_config, tmp_path):
     assert len([f for f in raised.value.findings if "config.json" in f.problem]) == 1
 
 
+@pytest.mark.parametrize("adapter", ["lora", "queryable"])
+def test_only_lora_may_be_in_the_output_head(run_config, adapter):
+    made = run_config(f"adapter={adapter}", "adapter.target_modules=[q_proj,lm_head]")
+    if adapter == "lora":
+        plan(made)
+        return
+    with pytest.raises(UserError, match="the output head cannot have a queryable memory"):
+        plan(made)
+
+
 def test_a_full_disk_is_found_out(run_config, monkeypatch):
     usage = namedtuple("D", "total used free")(10, 10, 1000)
     monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda path: usage)

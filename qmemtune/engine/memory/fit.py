@@ -145,7 +145,8 @@ def quantised(memory: RunMemory) -> RunMemory | None:
     device = torch.device("cpu" if memory.on_cpu else "cuda")
     config: Config = replace(memory.config, quantization=quantization)
     try:
-        return RunMemory(config, device, runtime=memory.runtime, base=base_skeleton(config, weights=False))
+        base = base_skeleton(config, weights=False)
+        return RunMemory(config, device, runtime=memory.runtime, base=base, dtype=memory.dtype)
     except UserError:
         return None
 
