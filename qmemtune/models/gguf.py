@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import re
 import shutil
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 
-from qmemtune.errors import UserError
+from qmemtune.errors import UserError, first_line
 from qmemtune.rundir import cache_root
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 1
-"""Counts changes to what a converted folder holds; part of its name."""
+LAYOUT = 2
+"""Counts changes to what a converted folder holds or is refused for; part of its name."""
 
 FULL_PRECISION_LIMIT = 1 << 30
 """Bytes of a GGUF file up to which its weights are stored in float32 (see :func:`_storage_dtype`)."""
+
+PART = re.compile(r"-\d{5}-of-(\d{5})$")
+"""How the name of one part of a split file ends, before its suffix."""
+
+OTHER_SOURCE = "give the model's safetensors folder or hub id"
 
 
 def models_root() -> Path:
@@ -37,7 +45,8 @@ def converted(file: Path) -> Path:
     or not at all; processes that ask at once wait for one of them.
 
     Raises:
-        UserError: not a GGUF file, an architecture that transformers cannot read from GGUF, or no room in the cache.
+        UserError: not a GGUF file, one part of a split file, a file that transformers cannot read, or reads only in
+            part (weights, scaled rotary positions), or no room in the cache.
     """
     _check(file)
     with file.open("rb") as stream:
@@ -76,9 +85,83 @@ def _storage_dtype(file: Path) -> torch.dtype:
     return torch.float32 if file.stat().st_size <= FULL_PRECISION_LIMIT else torch.float16
 
 
+def _refuse_part(file: Path, reader: Any) -> None:
+    name = PART.search(file.stem)
+    count = reader.get_field("split.count")
+    parts = max(int(name[1]) if name else 1, count.contents() if count else 1)
+    if parts > 1:
+        raise UserError(
+            f"one of the {parts} parts of a split GGUF file",
+            where=str(file),
+            fix="merge its parts with llama-gguf-split --merge",
+        )
+
+
+def _rope_scalings(reader: Any) -> list[dict[str, Any]]:
+    """How the file scales its rotary positions, each as what a config's ``rope_parameters`` would have to hold."""
+    arch = reader.fields["general.architecture"].contents()
+
+    def value(key: str, default: Any) -> Any:
+        field = reader.get_field(f"{arch}.rope.{key}")
+        return field.contents() if field else default
+
+    found: list[dict[str, Any]] = []
+    # As llama.cpp reads it: a factor without a type is linear, and zero is no factor.
+    kind, factor = value("scaling.type", "linear"), value("scaling.factor", value("scale_linear", 0.0)) or 1.0
+    if kind == "longrope":
+        found.append({"rope_type": kind})
+    elif kind != "none" and (kind, factor) != ("linear", 1.0):
+        found.append({"rope_type": kind, "factor": factor})
+    for tensor in reader.tensors:
+        if tensor.name.startswith("rope_factors_"):
+            found.append({"rope_type": "longrope"})
+        elif tensor.name == "rope_freqs.weight" and (tensor.data != 1).any():
+            # Gemma 4 stops part of the rotations with divisors of 1e30; Llama 3 stretches them by small ones.
+            kept = tensor.data == 1
+            stopped = bool((kept | (tensor.data > 1e9)).all())
+            found.append(
+                {"rope_type": "proportional", "partial_rotary_factor": float(kept.mean())}
+                if stopped
+                else {"rope_type": "llama3"}
+            )
+    return found
+
+
+def _carries(config: Any, scaling: dict[str, Any]) -> bool:
+    """Whether a config has a scaling, in all layers or in those of one type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+
+    def same(held: Any, wanted: Any) -> bool:
+        # The file holds its factors in 32 bits.
+        return math.isclose(held, wanted, rel_tol=1e-6) if isinstance(held, int | float) else held == wanted
+
+    return any(
+        all(same(entry.get(key), wanted) for key, wanted in scaling.items())
+        for entry in (rope, *rope.values())
+        if isinstance(entry, dict)
+    )
+
+
+def _check_whole(file: Path, model: Any, info: dict[str, Any]) -> None:
+    # transformers fills what is missing at random, and a folder saved from that looks whole to every later run.
+    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    # transformers 5.17 takes a weight of another shape from a GGUF file as it is, and reports nothing.
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in type(model)(model.config).state_dict().items()}
+    missing += [key for key, value in model.state_dict().items() if value.shape != shapes[key]]
+    if missing:
+        raise UserError(
+            f"transformers does not find all weights in this GGUF file: {len(missing)} are missing or of another shape,"
+            f" {missing[0]} first",
+            where=str(file),
+            fix=f"is it a whole download? else {OTHER_SOURCE}",
+        )
+
+
 def _convert(file: Path, folder: Path) -> None:
     """Write ``folder`` from ``file``; the caller holds the lock, so a partial folder found here is abandoned."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     partial = folder.with_name(folder.name + ".partial")
@@ -90,19 +173,32 @@ def _convert(file: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     try:
         place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=_storage_dtype(file))
+        reader = GGUFReader(file)
+        _refuse_part(file, reader)
+        scalings = _rope_scalings(reader)
+        if scalings:
+            config = AutoConfig.from_pretrained(**place)
+            if not all(_carries(config, scaling) for scaling in scalings):
+                raise UserError(
+                    "this GGUF file scales its rotary positions, which the conversion would lose",
+                    where=str(file),
+                    fix=OTHER_SOURCE,
+                )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=_storage_dtype(file), output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        _check_whole(file, model, info)
         # The weights are plain tensors now; what still calls them GGUF would keep transformers from saving them.
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.hf_quantizer = None
         model.save_pretrained(partial)
         del model
         AutoTokenizer.from_pretrained(**place).save_pretrained(partial)
         partial.rename(folder)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, IndexError, NotImplementedError, TypeError) as error:
+        # TypeError: transformers stumbles over the scaling of gpt-oss.
         raise UserError(
-            f"transformers cannot read this GGUF file: {error}",
-            where=str(file),
-            fix="use the model's safetensors folder or hub id instead",
+            f"transformers cannot read this GGUF file: {first_line(error)}", where=str(file), fix=OTHER_SOURCE
         ) from error
     finally:
         if bars:

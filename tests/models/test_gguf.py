@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,18 +10,28 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
+from qmemtune.models import gguf as gguf_module
 from qmemtune.models.gguf import converted, models_root
 from qmemtune.models.loading import load_base, load_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def write_gguf(folder: Path, file: Path) -> None:
-    """The Llama in ``folder`` as a GGUF file with Q8_0 matrices, as llama.cpp lays it out."""
+def write_gguf(
+    folder: Path,
+    file: Path,
+    *,
+    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    without: str | None = None,
+) -> None:
+    """The Llama in ``folder`` as a GGUF file with Q8_0 matrices, as llama.cpp lays it out.
+
+    ``extra`` adds to it; tensors with ``without`` between the dots of their name there are left out.
+    """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -46,12 +57,15 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(TEMPLATE)
+    extra(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for key, value in model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
         if heads:  # llama.cpp interleaves the two halves of each rotary pair
             value = value.view(heads, 2, -1, value.shape[-1]).transpose(1, 2).reshape(value.shape)
         array, name = value.numpy(), names.get_name(key, try_suffixes=(".weight",))
+        if without in name.split("."):
+            continue
         if array.ndim == 1:
             writer.add_tensor(name, array)
         else:
@@ -141,6 +155,193 @@ def test_refusals(tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("QMEMTUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="QMEMTUNE_CACHE"):
         converted(tiny_gguf)
+
+
+def test_weights_that_are_missing(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    file = tmp_path / "dense.gguf"
+    write_gguf(tiny_llama_dir, file, without="ffn_down")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"4 are missing .*model\.layers\.0\.mlp\.down_proj\.weight first -> "):
+            converted(file)
+    assert not [p for p in models_root().iterdir() if p.is_dir()], "nothing of it may be found later"
+
+
+def test_weights_of_another_shape(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    file = tmp_path / "wide.gguf"
+    write_gguf(
+        tiny_llama_dir,
+        file,
+        extra=lambda writer: writer.add_tensor("output_norm.weight", np.ones(48, np.float32)),
+        without="output_norm",
+    )
+    with pytest.raises(UserError, match=r"1 are missing or of another shape, model\.norm\.weight first"):
+        converted(file)
+
+
+def test_tied_head_is_not_missing(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    file = tmp_path / "tied.gguf"
+    write_gguf(tiny_llama_dir, file, without="output")
+    model = AutoModelForCausalLM.from_pretrained(converted(file))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_part_of_a_split_file(tmp_path: Path, tiny_gguf: Path, tiny_llama_dir: Path) -> None:
+    by_name = tmp_path / "tiny-00001-of-00003.gguf"
+    by_name.symlink_to(tiny_gguf)
+    with pytest.raises(UserError, match=r"one of the 3 parts .*llama-gguf-split --merge"):
+        converted(by_name)
+    by_metadata = tmp_path / "part.gguf"
+    write_gguf(tiny_llama_dir, by_metadata, extra=lambda writer: writer.add_uint16("split.count", 2))
+    with pytest.raises(UserError, match=r"one of the 2 parts .*llama-gguf-split --merge"):
+        converted(by_metadata)
+    whole = tmp_path / "tiny-00001-of-00001.gguf"
+    write_gguf(tiny_llama_dir, whole, extra=lambda writer: writer.add_uint16("split.count", 1))
+    assert converted(whole).is_dir()
+
+
+def test_folders_of_older_checks_are_not_reused(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_module, "LAYOUT", 1)
+        older = converted(tiny_gguf)
+    folder = converted(tiny_gguf)
+    assert folder != older
+    caplog.clear()
+    assert converted(tiny_gguf) == folder
+    assert not caplog.records, "it is converted once"
+
+
+def scaled(kind: gguf.RopeScalingType, factor: float) -> Callable[[gguf.GGUFWriter], None]:
+    def extra(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(kind)
+        writer.add_rope_scaling_factor(factor)
+
+    return extra
+
+
+def with_tensor(name: str, values: list[float]) -> Callable[[gguf.GGUFWriter], None]:
+    return lambda writer: writer.add_tensor(name, np.array(values, np.float32))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        with_tensor("rope_freqs.weight", [1, 2, 8, 8]),
+        with_tensor("rope_factors_short.weight", [1, 1, 1, 1]),
+        scaled(gguf.RopeScalingType.LINEAR, 4.0),
+        scaled(gguf.RopeScalingType.YARN, 4.0),
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+        lambda writer: writer.add_rope_scaling_factor(4.0),
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0),
+    ],
+    ids=["llama3", "longrope-tensors", "linear", "yarn", "longrope", "factor-alone", "old-linear"],
+)
+def test_scaled_rotary_positions_are_refused(
+    extra: Callable[[gguf.GGUFWriter], None], tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    file = tmp_path / "long.gguf"
+    write_gguf(tiny_llama_dir, file, extra=extra)
+    with pytest.raises(UserError, match="scales its rotary positions, which the conversion would lose -> give the"):
+        converted(file)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        with_tensor("rope_freqs.weight", [1, 1, 1, 1]),
+        scaled(gguf.RopeScalingType.NONE, 4.0),
+        scaled(gguf.RopeScalingType.LINEAR, 1.0),
+        scaled(gguf.RopeScalingType.LINEAR, 0.0),
+    ],
+    ids=["ones", "none", "linear-1", "linear-0"],
+)
+def test_rotary_positions_that_are_not_scaled(
+    extra: Callable[[gguf.GGUFWriter], None], tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    file = tmp_path / "short.gguf"
+    write_gguf(tiny_llama_dir, file, extra=extra)
+    assert converted(file).is_dir()
+
+
+def test_scaling_that_the_config_carries(tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def carried(factor: float) -> Callable[..., LlamaConfig]:
+        rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
+        return lambda *args, **kwargs: LlamaConfig(rope_parameters=rope)
+
+    file = tmp_path / "long.gguf"
+    write_gguf(tiny_llama_dir, file, extra=scaled(gguf.RopeScalingType.YARN, 4.1))
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoConfig, "from_pretrained", carried(4.0))
+        with pytest.raises(UserError, match="rotary"):
+            converted(file)
+        patch.setattr(AutoConfig, "from_pretrained", carried(4.1))
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", raises(ValueError("as far as the weights")))
+        with pytest.raises(UserError, match="as far as the weights"):
+            converted(file)
+
+
+@pytest.mark.parametrize(("kept", "refused_for"), [(2, "as far as the weights"), (4, "rotary")])
+def test_rotations_that_gemma_4_stops(
+    kept: int, refused_for: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers' own default stops three quarters of them, in layers of one type.
+    writer = gguf.GGUFWriter(tmp_path / "gemma.gguf", "gemma4")
+    writer.add_block_count(2)
+    with_tensor("rope_freqs.weight", [1.0] * kept + [1e30] * (8 - kept))(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", raises(ValueError("as far as the weights")))
+    with pytest.raises(UserError, match=refused_for):
+        converted(tmp_path / "gemma.gguf")
+
+
+def test_scaling_of_gpt_oss_is_no_internal_error(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "oss.gguf", "gpt-oss")
+    writer.add_block_count(2)
+    scaled(gguf.RopeScalingType.YARN, 32.0)(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError):
+        converted(tmp_path / "oss.gguf")
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, IndexError, NotImplementedError, TypeError])
+def test_failures_of_the_reader(kind: type[Exception], tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", raises(kind("no such\nthing")))
+    with pytest.raises(UserError, match=r"cannot read this GGUF file: .*no such") as caught:
+        converted(tiny_gguf)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_truncated_file(tmp_path: Path, tiny_gguf: Path) -> None:
+    whole = tiny_gguf.read_bytes()
+    for size in (6, 100, len(whole) // 2, len(whole) - 1000):
+        (tmp_path / "short.gguf").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cannot read this GGUF"):
+            converted(tmp_path / "short.gguf")
+
+
+def test_config_without_a_quantization(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+
+    def loaded(*args: object, **kwargs: object) -> object:
+        found = load(*args, **kwargs)
+        del (found[0] if isinstance(found, tuple) else found).config.quantization_config
+        return found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    assert converted(tiny_gguf).is_dir()
 
 
 @pytest.mark.slow
