@@ -15,11 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from qmemtune.adapters.methods import check_layers, is_quantised, method_config, refused
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
+from qmemtune.adapters.queryable.blocks import layer_group
 from qmemtune.adapters.queryable.config import BASE_ENCODER
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
 from qmemtune.adapters.queryable.sentence import embedding_dim, folder_digest
 from qmemtune.config.adapters import AdapterConfig, LoraConfig, MethodConfig, QueryableConfig, uses_prior
 from qmemtune.errors import Finding, UserError
+from qmemtune.models.head import decoder_of, output_head
 
 ALL_LINEAR = "all-linear"
 PLAIN_HEAD = "head"
@@ -57,10 +59,12 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Peft
 
 def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
     """PEFT's config for our adapter options on this model."""
+    text_layers = text_layers_of(model)
     places: dict[str, Any] = {
-        "target_modules": target_modules(config, model),
+        "target_modules": target_modules(config, model, text_layers),
         "exclude_modules": list(config.exclude_modules) or None,
-        "layers_to_transform": config.layers_to_transform,
+        # PEFT takes the n-th layer of every tower for the n-th layer; names of text layers are chosen by layer already.
+        "layers_to_transform": config.layers_to_transform if text_layers is None else None,
         "task_type": "CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
     }
     if isinstance(config, MethodConfig):
@@ -110,13 +114,71 @@ def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
     )
 
 
-def target_modules(config: AdapterConfig, model: nn.Module) -> str | list[str]:
-    """Names for PEFT, which knows what all-linear means in a transformers model only."""
+def text_layers_of(model: nn.Module) -> dict[str, str] | None:
+    """Linear layers of a multimodal model that text passes through; None of a model in which text passes through all.
+
+    The towers of images and sounds, and what joins them to the text, get no gradient from text.
+
+    Returns:
+        name of each linear layer of the text decoder, and of the output head -> its name within the decoder ("" for
+        the head).
+    """
+    if not isinstance(model, PreTrainedModel) or text_config_of(model) is model.config:
+        return None
+    decoder, head = decoder_of(model), output_head(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    prefix = f"{prefix}." if prefix else ""
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    reached = {
+        name: "" if module is head else name.removeprefix(prefix)
+        for name, module in linear
+        if module is head or name.startswith(prefix)
+    }
+    return None if len(reached) == len(linear) else reached
+
+
+def text_config_of(model: nn.Module) -> Any:
+    """The config that describes the decoder's layers; None for a model without a config."""
+    config = getattr(model, "config", None)
+    # An encoder-decoder may have two text configs, between which transformers cannot choose.
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return config
+    return model.config.get_text_config()
+
+
+def target_modules(config: AdapterConfig, model: nn.Module, text_layers: dict[str, str] | None) -> str | list[str]:
+    """Names for PEFT, which knows what all-linear means in a transformers model of text only.
+
+    Args:
+        text_layers: what :func:`text_layers_of` says of the model.
+    """
+    if text_layers is not None:
+        return [n for n, within in text_layers.items() if is_target(n, within, config)]
     if ALL_LINEAR not in config.target_modules:
         return list(config.target_modules)
     if isinstance(model, PreTrainedModel):
         return ALL_LINEAR
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != PLAIN_HEAD]
+
+
+def is_target(name: str, within: str, config: AdapterConfig) -> bool:
+    """Whether a linear layer of a multimodal model is one to adapt.
+
+    Args:
+        name: in the model.
+        within: in the decoder; "" for the output head.
+    """
+    layer = layer_group(within).rpartition(".")[2]
+    if config.layers_to_transform is not None and not (layer.isdigit() and int(layer) in config.layers_to_transform):
+        return False
+    if ALL_LINEAR in config.target_modules:
+        return bool(within)
+    return any(matches(name, target) for target in config.target_modules)
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether a layer has a target's name, as PEFT reads it: in full, or the end of it."""
+    return name == target or name.endswith(f".{target}")
 
 
 def check_targets(model: nn.Module, config: AdapterConfig, *, quantised: bool | None = None) -> None:
@@ -131,16 +193,20 @@ def check_targets(model: nn.Module, config: AdapterConfig, *, quantised: bool | 
         UserError: with every such name and the nearest one that exists.
     """
     linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    endings = sorted({name.rpartition(".")[2] for name in linear})
+    text_layers = text_layers_of(model)
+    reached = linear if text_layers is None else list(text_layers)
     findings = []
-    for key in ("target_modules", "exclude_modules"):
+    # A tower's layer may be excluded, which changes nothing, but not adapted.
+    for key, names in (("target_modules", reached), ("exclude_modules", linear)):
+        whose = "the model" if names is linear else "the model's text decoder"
+        endings = sorted({name.rpartition(".")[2] for name in names})
         for target in getattr(config, key):
-            if target == ALL_LINEAR or any(n == target or n.endswith(f".{target}") for n in linear):
+            if target == ALL_LINEAR or any(matches(name, target) for name in names):
                 continue
             near = difflib.get_close_matches(target, endings, n=1)
             hint = f"did you mean {near[0]}?" if near else f"this model has {', '.join(endings)}"
-            findings.append(Finding(f"{target!r} matches no linear layer of the model", f"adapter.{key}", hint))
-    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+            findings.append(Finding(f"{target!r} matches no linear layer of {whose}", f"adapter.{key}", hint))
+    layers = getattr(text_config_of(model), "num_hidden_layers", None)
     for index in config.layers_to_transform or []:
         if layers is not None and not 0 <= index < layers:
             problem = f"there is no decoder layer {index}: the model has {layers}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,11 +15,14 @@ from qmemtune.adapters.queryable import QueryableMemory, memory_of
 from qmemtune.adapters.queryable.encoders import InstructionEncoder, make_encoder
 from qmemtune.rundir import cache_root
 
+KEPT_EMBEDDINGS = 4096
+"""Embeddings that a source keeps, the last ones used: 64 MiB of a base of width 4,096."""
+
 
 class InstructionSource:
     """Gives the rows of a forward pass their instructions, as embeddings.
 
-    An embedding is computed once for each distinct text, and those of a sentence encoder once for all runs
+    The embeddings of the last texts are kept in main memory, and those of a sentence encoder for all runs on the disk
     (``$QMEMTUNE_CACHE``/instructions). Several adapters in one model may have different encoders. Without a queryable
     memory, or with its instruction prior off, the contexts do nothing.
 
@@ -39,7 +43,8 @@ class InstructionSource:
         self._model, self._tokenizer, self._places = model, tokenizer, tuple(places)
         self._encoders: dict[str, tuple[str, InstructionEncoder]] = {}
         """Adapter -> what its encoder is known by, and the encoder; equal ones are shared."""
-        self._known: dict[tuple[str, str], Tensor] = {}
+        self._known: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        """Encoder and text -> embedding, on the CPU; the last one used comes last."""
         self._meet_adapters()
 
     @property
@@ -72,12 +77,19 @@ class InstructionSource:
         """
         assert self._encoders, "the model has no instruction prior"
         key, encoder = self._encoders[adapter or next(iter(self._encoders))]
-        new = sorted({text for text in instructions if text and (key, text) not in self._known})
+        texts = sorted({text for text in instructions if text})
+        # Taken out and put back as the last ones used. Another thread may do the same, so nothing is asked for twice.
+        known = {text: self._known.pop((key, text), None) for text in texts}
+        found = {text: embedding for text, embedding in known.items() if embedding is not None}
+        new = [text for text in texts if text not in found]
         if new:
-            for text, embedding in zip(new, encoder.encode(new), strict=True):
-                self._known[key, text] = embedding
-        zero = torch.zeros(encoder.dim, device=encoder.device)
-        return torch.stack([self._known[key, text] if text else zero for text in instructions])
+            # Copies: a row of the encoder's result would keep all of it.
+            found.update((text, row.clone()) for text, row in zip(new, encoder.encode(new).cpu(), strict=True))
+        self._known.update(((key, text), embedding) for text, embedding in found.items())
+        while len(self._known) > KEPT_EMBEDDINGS:
+            self._known.popitem(last=False)
+        zero = torch.zeros(encoder.dim)
+        return torch.stack([found[text] if text else zero for text in instructions]).to(encoder.device)
 
     def _meet_adapters(self) -> None:
         """Make the encoders of adapters that are new, and forget those of deleted ones."""

@@ -94,7 +94,7 @@ def inspect_routes(
     facts = atom_facts(memory, name)
     layers = layers_of_blocks(model, name)
     groups = [str(row.get("group") or "") for row in rows]
-    mean_use = torch.tensor(use.use, dtype=torch.float64).mean(dim=0)
+    mean_use = torch.tensor(use.use, dtype=torch.float64)[use.seen].mean(dim=0)
     report: dict[str, Any] = {
         "rows": len(rows),
         "tokens": use.tokens,
@@ -106,7 +106,7 @@ def inspect_routes(
                 "effective_atoms": use.effective_atoms[block],
                 "use": use.use[block],
             }
-            for block in range(len(use.use))
+            for block in use.seen
         ],
         "atoms": [
             {
@@ -247,7 +247,8 @@ def sharpest_tokens(routes: Routes, tokenizer: PreTrainedTokenizerBase) -> list[
     """The tokens whose routes have the lowest mean entropy over blocks, and the block and atom where they are
     sharpest. Tokens that occur once are passed over where others are there."""
     scale = math.log(routes.tokens.shape[-1]) if routes.tokens.shape[-1] > 1 else 1.0
-    entropy = routes.entropy / routes.counts[:, None] / scale
+    seen = routes.tokens.abs().sum(dim=(0, 2)) > 0
+    entropy = routes.entropy[:, seen] / routes.counts[:, None] / scale
     often = routes.counts > 1
     order = [i for i in entropy.mean(dim=1).argsort().tolist() if often[i] or not bool(often.any())]
     return [_sharp(routes, entropy[i].mean().item(), i, tokenizer) for i in order[:SHARPEST]]

@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from qmemtune.adapters import InstructionSource, auxiliary_loss
+from qmemtune.adapters import InstructionSource, apply_adapter, auxiliary_loss, instructions
 from qmemtune.adapters.queryable import sentence
+from qmemtune.config.adapters import QueryableConfig
 from qmemtune.errors import UserError
 
 TEXTS = ["Reverse the words", "Sort these numbers", ""]
@@ -176,3 +177,67 @@ def test_a_prior_that_has_faded_out_leaves_the_routes_alone(llama):
     ids, given = llama.tokens(2, 6), torch.ones(2, 32)
     with llama.memory(faded).instructed(given):
         assert torch.equal(llama.logits(faded, ids), llama.logits(plain, ids))
+
+
+def test_the_last_embeddings_are_kept_on_the_cpu_and_no_more_than_a_few(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(instructions, "KEPT_EMBEDDINGS", 3)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**{**llama.base().config.to_dict(), "vocab_size": 1000}))
+    source = InstructionSource(llama.adapted(base=base, instruction_prior=1.5), tokenizer)
+    (_, encoder) = source._encoders["default"]
+    asked: list[str] = []
+    real = encoder.encode
+
+    def encode(texts):
+        asked.extend(texts)
+        return real(texts)
+
+    monkeypatch.setattr(encoder, "encode", encode)
+    many = ["one", "two", "three", "four", "five", "one", ""]
+    embedded = source.embed(many)
+    assert torch.equal(embedded[:5], real(many[:5]))
+    assert torch.equal(embedded[5], embedded[0])
+    assert not embedded[6].any()
+    assert len(source._known) == 3
+    asked.clear()
+    source.embed(["a"])
+    source.embed(["b"])
+    source.embed(["a"])
+    source.embed(["c", "d"])
+    source.embed(["a"])
+    assert asked == ["a", "b", "c", "d"]
+    # A tensor of its own, on the CPU: not a row of what the encoder made for a batch, wherever that is.
+    assert all(row.device.type == "cpu" and row._base is None for row in source._known.values())
+    monkeypatch.setattr(encoder, "device", torch.device("meta"))
+    assert source.embed(["a", "c"]).device.type == "meta"
+    assert all(row.device.type == "cpu" for row in source._known.values())
+
+
+def test_a_folder_called_base_is_not_the_base_models_embeddings(make_encoder, llama, tokenizer, encoded, tmp_path):
+    folder = make_encoder(tmp_path / "minilm" / "base", tokenizer)
+    config = QueryableConfig(r=4, instruction_prior=1.5, prior_encoder=str(folder))
+    model = apply_adapter(llama.base(), config, seed=0)
+    expected = InstructionSource(model, tokenizer).embed(TEXTS)
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["prior_encoder"] == "base"
+    loaded = PeftModel.from_pretrained(llama.base(), str(tmp_path / "saved"))
+    assert torch.equal(InstructionSource(loaded, tokenizer, places=[folder]).embed(TEXTS), expected)
+    with pytest.raises(UserError, match="instruction encoder, base, is not found"):
+        InstructionSource(loaded, tokenizer)
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert again["prior_encoder_digest"] == saved["prior_encoder_digest"]
+
+
+def test_a_folder_given_without_its_name_is_saved_with_it(
+    make_encoder, llama, tokenizer, encoded, tmp_path, monkeypatch
+):
+    folder = make_encoder(tmp_path / "tiny-encoder", tokenizer)
+    monkeypatch.chdir(folder)
+    model = apply_adapter(llama.base(), QueryableConfig(r=4, instruction_prior=1.5, prior_encoder="."), seed=0)
+    model.save_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["prior_encoder"] == "tiny-encoder"
+    loaded = PeftModel.from_pretrained(llama.base(), str(tmp_path / "saved"))
+    assert InstructionSource(loaded, tokenizer, places=[tmp_path]).active

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,19 @@ class QueryableMemoryConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, for saving: a sentence encoder is known by name and digest, not by its place on this machine."""
         values = dict(super().to_dict())
-        values["prior_encoder"] = Path(self.prior_encoder).name
+        values["prior_encoder"] = self.encoder_name
         return values
+
+    @property
+    def uses_base_encoder(self) -> bool:
+        """Whether the encoder is the base model's own embeddings, and not a folder that is called like them."""
+        return self.prior_encoder == BASE_ENCODER and self.prior_encoder_digest is None
+
+    @property
+    def encoder_name(self) -> str:
+        """What a saved adapter calls its encoder: ``base``, or the name of its folder."""
+        # In full, as "." has no name of its own; a link keeps its name.
+        return Path(os.path.abspath(Path(self.prior_encoder).expanduser())).name
 
     @property
     def has_prior(self) -> bool:

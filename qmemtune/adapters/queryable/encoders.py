@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qmemtune.adapters.queryable.config import BASE_ENCODER, QueryableMemoryConfig
+from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.sentence import SentenceEncoder, folder_digest, is_encoder
 from qmemtune.errors import UserError
 
@@ -72,7 +72,7 @@ def make_encoder(
         UserError: the encoder is not found, is not the one the adapter was trained with, or cannot be used.
     """
     encoder: InstructionEncoder
-    if config.prior_encoder == BASE_ENCODER:
+    if config.uses_base_encoder:
         encoder = BaseEmbeddingEncoder(model, tokenizer)
     else:
         folder, digest = find_encoder(config, places)
@@ -96,7 +96,7 @@ def find_encoder(config: QueryableMemoryConfig, places: Sequence[str | Path]) ->
     Raises:
         UserError: there is no encoder there, or only others.
     """
-    name = Path(config.prior_encoder).name
+    name = config.encoder_name
     candidates = [path for place in places for path in (Path(place).expanduser(), Path(place).expanduser() / name)]
     candidates.append(Path(config.prior_encoder).expanduser())
     others = []

@@ -37,7 +37,7 @@ def mean_routes(model: nn.Module, forwards: Iterable[Callable[[], object]]) -> d
         forwards: calls that each run the model forward once on calibration rows.
 
     Returns:
-        block -> mean weights over atoms, (M,), float64; they sum to one.
+        block -> mean weights over atoms, (M,), float64; they sum to one. Blocks that no token reached are left out.
 
     Raises:
         ValueError: the model has no memory, or no token passed.
@@ -56,7 +56,7 @@ def mean_routes(model: nn.Module, forwards: Iterable[Callable[[], object]]) -> d
     use = statistics.use(statistics.table(torch.device("cpu"))) if statistics.observed else None
     if use is None or not use.tokens:
         raise ValueError("no calibration token passed through the memory")
-    return {block: torch.tensor(weights, dtype=torch.float64) for block, weights in enumerate(use.use)}
+    return {block: torch.tensor(use.use[block], dtype=torch.float64) for block in use.seen}
 
 
 def mean_fold(model: nn.Module, forwards: Iterable[Callable[[], object]]) -> dict[str, FoldedLayer]:
@@ -71,8 +71,11 @@ def mean_fold(model: nn.Module, forwards: Iterable[Callable[[], object]]) -> dic
     operators = {}
     for path, layer, name in adapted_layers(model):
         core = memory.cores(name, memory.queryable_core[name]).detach()
-        route = routes[layer.block[name]].to(core)
-        operators[path] = torch.eye(core.shape[-1], device=core.device) + (route @ core.flatten(1)).view(core.shape[1:])
+        operators[path] = torch.eye(core.shape[-1], device=core.device)
+        route = routes.get(layer.block[name])
+        # Where no token came by there is no route to fold: plain LoRA is left.
+        if route is not None:
+            operators[path] += (route.to(core) @ core.flatten(1)).view(core.shape[1:])
     return folded(model, operators)
 
 

@@ -132,10 +132,13 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
             routed = form_route(memory, name, block, x, z, self.queryable_A[name].weight, context, state)
         else:
             routed = state.routed[block]
+            if routed.device != z.device:
+                # A model may be spread over several devices, and a block may lie across the border of two.
+                routed = routed.to(z.device)
         if z.dtype != routed.dtype and not torch.is_grad_enabled():
             # Without a backward pass the product may run in the type of its input, which saves two casts a layer.
             cast = state.cast.get(block)
-            if cast is None or cast.dtype != z.dtype:
+            if cast is None or cast.dtype != z.dtype or cast.device != z.device:
                 cast = state.cast[block] = routed.to(z.dtype)
             routed = cast
         if routed.shape[:-2] == z.shape[:-1]:

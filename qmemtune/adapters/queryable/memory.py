@@ -155,7 +155,8 @@ class QueryableMemory(nn.Module, BaseTunerLayer):
         context = self.holder.leave(module)
         for name, state in context.passes.items() if context else ():
             if state.divergences:
-                self.divergence[name] = torch.stack(state.divergences).mean()
+                device = state.divergences[0].device
+                self.divergence[name] = torch.stack([value.to(device) for value in state.divergences]).mean()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself: an ``nn.Sequential`` calls all its submodules, this one too."""

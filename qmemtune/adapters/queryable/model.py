@@ -47,7 +47,7 @@ class QueryableMemoryModel(BaseTuner):
     def _prepare_model(self, peft_config: QueryableMemoryConfig, model: nn.Module) -> None:
         keep_unpacked(model)
         if peft_config.has_prior and peft_config.prior_dim is None:
-            if peft_config.prior_encoder != "base" or not hasattr(model, "get_input_embeddings"):
+            if not peft_config.uses_base_encoder or not hasattr(model, "get_input_embeddings"):
                 raise ValueError("instruction_prior needs prior_dim, the width of the instruction embeddings")
             peft_config.prior_dim = model.get_input_embeddings().weight.shape[-1]
 

@@ -28,15 +28,22 @@ class RouteUse:
     """The use of the atoms by the tokens that were seen."""
 
     use: list[list[float]]
-    """Block -> mean weight of each atom, N lists of M numbers; each list sums to one."""
+    """Block -> mean weight of each atom, N lists of M numbers; each list sums to one, or is all zeros where no token
+    passed through the block."""
     entropy: list[float]
     """Block -> mean entropy of a token's route as a share of log M: 0 is one atom a token, 1 is all alike."""
     tokens: int
 
     @property
+    def seen(self) -> list[int]:
+        """Blocks that tokens passed through: text passes through no block of a tower of images or sounds."""
+        return [b for b, weights in enumerate(self.use) if any(weights)]
+
+    @property
     def effective_atoms(self) -> list[float]:
-        """Block -> exponential of the entropy of its mean use: how many evenly used atoms would be as varied."""
-        return [math.exp(-sum(w * math.log(w) for w in block if w > 0)) for block in self.use]
+        """Block -> exponential of the entropy of its mean use: how many evenly used atoms would be as varied; zero for
+        a block that was not seen."""
+        return [math.exp(-sum(w * math.log(w) for w in block if w > 0)) if any(block) else 0.0 for block in self.use]
 
     @property
     def dead_atoms(self) -> list[int]:
@@ -48,7 +55,8 @@ class RouteUse:
     def collapsed_blocks(self) -> list[int]:
         """Blocks in which a few atoms take nearly all the weight, the same ones for every token."""
         limit = 1 + FEW_ATOMS * (len(self.use[0]) - 1)
-        return [b for b, effective in enumerate(self.effective_atoms) if len(self.use[0]) > 1 and effective <= limit]
+        effective = self.effective_atoms
+        return [b for b in self.seen if len(self.use[0]) > 1 and effective[b] <= limit]
 
     def collapse(self, top_k: int | None = None) -> str | None:
         """What is wrong with the router, one line; None for a healthy one.
@@ -56,10 +64,10 @@ class RouteUse:
         It has collapsed when in at least half of the blocks a few atoms take nearly all the weight, or the entropy is
         near zero (which is as it should be with ``top_k`` 1), or when more than half of the atoms are dead.
         """
-        blocks, atoms = len(self.use), len(self.use[0])
+        blocks, atoms = len(self.seen), len(self.use[0])
         few, dead = self.collapsed_blocks, self.dead_atoms
-        hard = [] if atoms == 1 or top_k == 1 else [b for b in range(blocks) if self.entropy[b] < NO_ENTROPY]
-        if max(2 * len(few), 2 * len(hard)) < blocks and 2 * len(dead) <= atoms:
+        hard = [] if atoms == 1 or top_k == 1 else [b for b in self.seen if self.entropy[b] < NO_ENTROPY]
+        if not blocks or (max(2 * len(few), 2 * len(hard)) < blocks and 2 * len(dead) <= atoms):
             return None
         parts = []
         if few:
@@ -109,12 +117,15 @@ class RouteStatistics:
     def table(self, device: torch.device) -> Tensor:
         """The sums, (N, M + 2): weights, entropies in nats, tokens. Several processes' tables may be added.
 
+        Row i is block i, N one more than the last block seen; a block before it that was not seen has zeros.
+
         Raises:
             ValueError: no route was formed.
         """
         if not self.observed:
             raise ValueError("no route was formed while the statistics were observing")
-        return torch.stack([self._sums[block].to(device) for block in sorted(self._sums)])
+        nothing = torch.zeros_like(next(iter(self._sums.values())))
+        return torch.stack([self._sums.get(block, nothing).to(device) for block in range(max(self._sums) + 1)])
 
     @staticmethod
     def use(table: Tensor) -> RouteUse:
@@ -125,7 +136,7 @@ class RouteStatistics:
         return RouteUse(
             use=(table[:, :-2] / tokens).tolist(),
             entropy=(table[:, -2] / tokens[:, 0] / scale).tolist(),
-            tokens=int(table[0, -1].item()),
+            tokens=int(table[:, -1].max().item()),
         )
 
 
