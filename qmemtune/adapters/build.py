@@ -156,6 +156,10 @@ def target_modules(config: AdapterConfig, model: nn.Module, text_layers: dict[st
         return [n for n, within in text_layers.items() if is_target(n, within, config)]
     if ALL_LINEAR not in config.target_modules:
         return list(config.target_modules)
+    if isinstance(model, PreTrainedModel) and config.layers_to_transform is not None:
+        # PEFT chooses among layers by the names of targets only.
+        linear = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+        return sorted({n.rpartition(".")[2] for n, m in linear if m is not output_head(model)})
     if isinstance(model, PreTrainedModel):
         return ALL_LINEAR
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != PLAIN_HEAD]

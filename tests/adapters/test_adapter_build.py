@@ -72,6 +72,15 @@ def test_facts(llama):
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, QueryableConfig])
+def test_all_linear_layers_of_some_decoder_layers(llama, kind):
+    """With the default targets, which PEFT does not take beside a choice of layers."""
+    base = llama.base()
+    expected = {n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and ".layers.1." in n}
+    model = apply_adapter(base, kind(layers_to_transform=[1]), seed=0)
+    assert set(model.base_model.targeted_module_names) == expected
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, QueryableConfig])
 def test_layers_to_transform_and_exclusions(llama, kind):
     config = kind(target_modules=["q_proj", "up_proj"], exclude_modules=["up_proj"], layers_to_transform=[1, 3])
     model = apply_adapter(llama.base(), config, seed=0)
