@@ -125,7 +125,7 @@ def start(composed, tmp_path: Path) -> tuple[subprocess.Popen, list[psutil.Proce
     return process, loading
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_the_whole_group_saves_the_step(composed, tmp_path, signum):
     process, _ = start(composed, tmp_path)
     try:
@@ -141,6 +141,7 @@ def test_a_signal_to_the_whole_group_saves_the_step(composed, tmp_path, signum):
     assert f"stopped at step {checkpoint.step} of 4000" in err
 
 
+@pytest.mark.slow
 def test_processes_that_load_rows_do_not_outlive_a_killed_run(composed, tmp_path):
     process, loading = start(composed, tmp_path)
     process.kill()
