@@ -11,12 +11,12 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from qmemtune.adapters.methods import check_layers, is_quantised, method_config, refused
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 from qmemtune.adapters.queryable.blocks import layer_group
 from qmemtune.adapters.queryable.config import BASE_ENCODER
+from qmemtune.adapters.queryable.layer import supported
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
 from qmemtune.adapters.queryable.sentence import embedding_dim, folder_digest
 from qmemtune.config.adapters import AdapterConfig, LoraConfig, MethodConfig, QueryableConfig, uses_prior
@@ -114,6 +114,11 @@ def peft_config(config: AdapterConfig, model: nn.Module) -> PeftConfig:
     )
 
 
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that an adapter may be in, with their names."""
+    return [(name, module) for name, module in model.named_modules() if supported(module)]
+
+
 def text_layers_of(model: nn.Module) -> dict[str, str] | None:
     """Linear layers of a multimodal model that text passes through; None of a model in which text passes through all.
 
@@ -128,7 +133,7 @@ def text_layers_of(model: nn.Module) -> dict[str, str] | None:
     decoder, head = decoder_of(model), output_head(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     prefix = f"{prefix}." if prefix else ""
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = linear_layers(model)
     reached = {
         name: "" if module is head else name.removeprefix(prefix)
         for name, module in linear
@@ -158,8 +163,8 @@ def target_modules(config: AdapterConfig, model: nn.Module, text_layers: dict[st
         return list(config.target_modules)
     if isinstance(model, PreTrainedModel) and config.layers_to_transform is not None:
         # PEFT chooses among layers by the names of targets only.
-        linear = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-        return sorted({n.rpartition(".")[2] for n, m in linear if m is not output_head(model)})
+        head = output_head(model)
+        return sorted({n.rpartition(".")[2] for n, m in linear_layers(model) if m is not head})
     if isinstance(model, PreTrainedModel):
         return ALL_LINEAR
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != PLAIN_HEAD]
@@ -196,7 +201,7 @@ def check_targets(model: nn.Module, config: AdapterConfig, *, quantised: bool | 
     Raises:
         UserError: with every such name and the nearest one that exists.
     """
-    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    linear = [name for name, _ in linear_layers(model)]
     text_layers = text_layers_of(model)
     reached = linear if text_layers is None else list(text_layers)
     findings = []

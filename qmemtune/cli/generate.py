@@ -199,11 +199,10 @@ def _chat(speaker: Speaker, out: Output) -> None:
     A run trained on conversations answers the whole conversation; any other takes each line by itself.
     """
     from qmemtune.config.data import is_chat
-    from qmemtune.data.render import form_of_training_rows
+    from qmemtune.data.render import form_of
 
     data = speaker.loaded.config.data
-    form = data.format if data.format != "auto" else form_of_training_rows(data)
-    remembers = is_chat(data, form)
+    remembers = is_chat(data, form_of(data))
     out.note("an empty line or Ctrl-D ends it" + ("; /new starts a new conversation" if remembers else ""))
     messages: list[dict[str, str]] = []
     while True:

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from qmemtune.config.data import DataConfig
-from qmemtune.data.mixture import source_configs
+from qmemtune.data.mixture import heldout_source, source_configs
 from qmemtune.data.prepared import PreparedData
 from qmemtune.data.report import DataReport
 from qmemtune.data.rows import TokenRows
@@ -138,10 +138,9 @@ def option_parts(config: DataConfig) -> Iterator[bytes]:
 def content_parts(config: DataConfig) -> Iterator[bytes]:
     for own in source_configs(config).values():
         yield from source_parts(own.path, own.name, own.split)
-    if config.eval_path is not None:
-        yield from source_parts(config.eval_path, config.name, config.eval_split or config.split)
-    elif config.eval_split is not None and not config.sources:
-        yield from source_parts(config.path, config.name, config.eval_split)
+    heldout = heldout_source(config)
+    if heldout is not None:
+        yield from source_parts(heldout.path, heldout.name, heldout.split)
 
 
 def source_parts(path: str, name: str | None, split: str) -> Iterator[bytes]:

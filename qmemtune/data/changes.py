@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmemtune.config.data import DataConfig
 from qmemtune.config.missing import MISSING
-from qmemtune.data.mixture import source_configs
+from qmemtune.data.mixture import heldout_source, source_configs
 from qmemtune.data.sources import GENERATED, local_files
 from qmemtune.errors import UserError
 
@@ -61,11 +61,9 @@ def all_files(config: DataConfig) -> list[Path]:
 
 def places(config: DataConfig) -> Iterator[tuple[str, str]]:
     """Paths of all sources that are not made by code, with their splits."""
-    given = [(own.path, own.split) for own in source_configs(config).values()]
-    if config.eval_path is not None:
-        given.append((config.eval_path, config.eval_split or config.split))
-    elif config.eval_split is not None and not config.sources:
-        given.append((config.path, config.eval_split))
+    heldout = heldout_source(config)
+    every = [*source_configs(config).values(), *([] if heldout is None else [heldout])]
+    given = [(own.path, own.split) for own in every]
     return ((path, split) for path, split in given if path != MISSING and not path.startswith(GENERATED))
 
 

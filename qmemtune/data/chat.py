@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from qmemtune.data.conversations import THOUGHTS, Message
-from qmemtune.data.encode import Encoder, Segment
+from qmemtune.data.encode import Encoder, Segment, special_names
 from qmemtune.data.records import RowError
 from qmemtune.errors import UserError
 
@@ -217,7 +217,7 @@ def turn_end(tokenizer: Any) -> int | None:
         text: str = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()
     except TEMPLATE_FAULTS:
         return None
-    names = [name for name in Encoder(tokenizer).special_names if text.endswith(name)]
+    names = [name for name in special_names(tokenizer) if text.endswith(name)]
     return int(tokenizer.convert_tokens_to_ids(max(names, key=len))) if names else None
 
 

@@ -38,6 +38,13 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
+def special_names(tokenizer: Any) -> set[str]:
+    """Names of a tokenizer's special tokens, as they stand in a text."""
+    names = {str(token) for token in tokenizer.all_special_tokens}
+    names |= {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special}
+    return {name for name in names if len(name) > 1}
+
+
 @contextmanager
 def all_cores() -> Iterator[None]:
     """Let the tokenizer's own threads run; elsewhere they stay off, since processes that fork do not go with them."""
@@ -62,10 +69,7 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        names = {str(token) for token in tokenizer.all_special_tokens}
-        names |= {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special}
-        names = {name for name in names if len(name) > 1}
-        self.special_names = names
+        self.special_names = names = special_names(tokenizer)
         self._special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
         self._backend: Any = None
         self._backend = self._plain_backend()

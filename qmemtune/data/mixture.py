@@ -23,6 +23,20 @@ def source_configs(config: DataConfig) -> dict[str, DataConfig]:
     return configs
 
 
+def first_source(config: DataConfig) -> DataConfig:
+    """The data options of the first set, as whose rows prompts from outside are rendered."""
+    return next(iter(source_configs(config).values()))
+
+
+def heldout_source(config: DataConfig) -> DataConfig | None:
+    """The data options of held-out rows that are read apart, with their path and split; None where there are none."""
+    if config.eval_path is not None:
+        return replace(config, path=config.eval_path, split=config.eval_split or config.split, sources={})
+    if config.eval_split is not None and not config.sources:
+        return replace(config, split=config.eval_split)
+    return None
+
+
 def mixed(parts: Mapping[str, TokenRows], weights: Mapping[str, float], seed: int) -> TokenRows:
     """One pass over a mixture: each set's rows as often as its weight says.
 

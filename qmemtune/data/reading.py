@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from qmemtune.config.data import DataConfig
 from qmemtune.data.examples import Example, ExampleMaker
+from qmemtune.data.mixture import heldout_source
 from qmemtune.data.records import RawRow, Rejected
 from qmemtune.data.report import DataReport, SourceReport
 from qmemtune.data.sources import GENERATED, generated_rows, lacks_splits, read_rows
@@ -51,21 +52,18 @@ class Reading:
 
     def heldout(self) -> Source | None:
         """The source of held-out rows, if it is not the training rows."""
-        config = self.config
-        if config.eval_path is not None:
-            own = replace(config, path=config.eval_path, sources={})
-            return self.source(own, config.eval_split or config.split, heldout=True)
-        if config.eval_split is not None and not config.sources:
-            reason = lacks_splits(config.path, config.eval_split)
-            if reason is not None:
-                raise UserError(
-                    f"{reason}, so data.eval_split={config.eval_split} names no rows of {config.path}",
-                    where="data.eval_split",
-                    fix="give the held-out rows with data.eval_path, or data.eval_split=null to hold out "
-                    "data.eval_fraction of the rows",
-                )
-            return self.source(config, config.eval_split, heldout=True)
-        return None
+        own = heldout_source(self.config)
+        if own is None:
+            return None
+        reason = lacks_splits(own.path, own.split) if self.config.eval_path is None else None
+        if reason is not None:
+            raise UserError(
+                f"{reason}, so data.eval_split={own.split} names no rows of {own.path}",
+                where="data.eval_split",
+                fix="give the held-out rows with data.eval_path, or data.eval_split=null to hold out "
+                "data.eval_fraction of the rows",
+            )
+        return self.source(own, own.split, heldout=True)
 
     def source(self, config: DataConfig, split: str, *, name: str = "", heldout: bool = False) -> Source:
         """Read a source and make examples of its rows.

@@ -14,11 +14,14 @@ from qmemtune.data.conversations import Message, check_message
 from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.examples import Example, ExampleMaker, template
 from qmemtune.data.formats import FORMS, alpaca_prompt
-from qmemtune.data.mixture import source_configs
+from qmemtune.data.mixture import first_source
 from qmemtune.data.records import RawRow, RowError
 from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.templates import TextParts
 from qmemtune.errors import UserError
+
+ANSWER = "-"
+"""Stands for the answer of a row that has none."""
 
 
 class Renderer:
@@ -128,7 +131,7 @@ def render_prompt(
     Raises:
         UserError: the prompt does not fit the rendering, or is empty.
     """
-    config = next(iter(source_configs(config).values()))
+    config = first_source(config)
     if not isinstance(prompt, str):
         try:
             conversation = [check_message(message, number) for number, message in enumerate(prompt, start=1)]
@@ -162,7 +165,7 @@ def render_row(config: DataConfig, tokenizer: Any, row: Mapping[str, Any]) -> tu
     Raises:
         UserError: the row has not the columns that prompts of this run are made of, or its prompt is empty.
     """
-    config = next(iter(source_configs(config).values()))
+    config = first_source(config)
     form = form_of(config)
     if form not in CONVERSATIONS:
         turns = {name: FORMS[name].required[0] for name in CONVERSATIONS}
@@ -223,12 +226,8 @@ def unanswered(config: DataConfig, form: str, row: Mapping[str, Any]) -> Example
     return ExampleMaker(own, [made]).example(made)
 
 
-ANSWER = "-"
-"""Stands for the answer of a row that has none."""
-
-
 def form_of(config: DataConfig) -> str:
-    """Name of the row form of a run."""
+    """Name of the row form of a run: what its config says, and for auto what its training rows have."""
     return config.format if config.format != "auto" else form_of_training_rows(config)
 
 
@@ -263,7 +262,7 @@ def prompt_parts(config: DataConfig, form: str, prompt: str) -> tuple[TextParts,
 def form_of_training_rows(config: DataConfig, look_at: int = 64) -> str:
     """The form of the training rows (of several sets the first one's), from the first of them if they are at hand, else
     ``prompt_completion``."""
-    config = next(iter(source_configs(config).values()))
+    config = first_source(config)
     try:
         if config.path.startswith(GENERATED):
             rows = generated_rows(config.path)[0][:look_at]

@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,9 @@ def preflight(
             model = found.attempt(lambda: adapted_skeleton(config, base))
         else:
             memory = found.attempt(lambda: RunMemory(config, device, base=base, dtype=dtype, processes=world_size))
-            model = None if memory is None else memory.model
-            if model is not None:
-                adapted = model
-                found.attempt(lambda: refuse_routed_head(adapted))
+            if memory is not None:
+                model = memory.model
+                found.attempt(partial(refuse_routed_head, model))
     form = BatchForm.of(config, device, base=base, checkpoint=None if opened is None else opened.checkpoint)
     steps = None
     if rows is not None:
@@ -283,8 +283,7 @@ def check_memory(
 
     A model that cannot be run without its numbers is not estimated; that stops nothing.
     """
-    if isinstance(rows.train, TensorRows):
-        return None, None
+    assert not isinstance(rows.train, TensorRows)
     config = memory.config
     workload = Workload.of(config, form, rows.train, epochs=steps.total / steps.per_epoch, world_size=world_size)
     forms = (has_fused_layers(config), has_training_attention(config))

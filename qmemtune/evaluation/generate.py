@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qmemtune.adapters.queryable import FixedWeights
 from qmemtune.config.schema import Config
 from qmemtune.data.encode import decoded
-from qmemtune.data.mixture import source_configs
+from qmemtune.data.mixture import first_source
 from qmemtune.data.render import render_prompt, render_row
 from qmemtune.evaluation.decode import end_tokens, start_token
 from qmemtune.evaluation.forward import Autocast, Instructions, evaluation_forward, model_device
@@ -65,7 +65,7 @@ def stream_answer(
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         seed: makes drawing repeatable. The global random state is not touched either way.
     """
-    config = next(iter(source_configs(loaded.config.data).values()))
+    config = first_source(loaded.config.data)
     if isinstance(prompt, Mapping):
         ids, own = render_row(config, loaded.tokenizer, prompt)
     else:

@@ -34,7 +34,7 @@ def stand_in(tmp_path, monkeypatch):
     module = {
         "qmemtune.engine.restore": {"load_run": load_run},
         "qmemtune.evaluation.generate": {"stream_answer": stream_answer},
-        "qmemtune.data.render": {"form_of_training_rows": lambda data: forms.get(data.format, "prompt_completion")},
+        "qmemtune.data.render": {"form_of": lambda data: forms.get(data.format, "prompt_completion")},
     }
     for name, functions in module.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
