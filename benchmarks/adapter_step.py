@@ -1,7 +1,7 @@
 """PEFT LoRA against the queryable memory: training step, peak memory, decoding.
 
 Three contestants on the same base, batch, rank and targets, interleaved in one process: LoRA as PEFT's modules compute
-it, and, as the training engine runs them on a CPU (`trainer.fused_layers`), LoRA and the memory. A step is forward,
+it, and, as the training engine runs them (`trainer.fused_layers`), LoRA and the memory. A step is forward,
 backward and AdamW update with the training engine's own loss, in the type that the machine is fast in (`--dtype`); a
 decoded token is one `generate` step with a KV cache, unmerged. Ratios are within a round, median with quartiles. Peak
 memory is measured in a process of its own for each: the highest resident size during three steps above that before the
@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from qmemtune.adapters import apply_adapter, parameter_groups
 from qmemtune.config.adapters import AdapterConfig, LoraConfig, QueryableConfig
 from qmemtune.config.schema import ModelConfig, QuantizationConfig
-from qmemtune.engine.fused import fused_on_cpu
+from qmemtune.engine.fused import fused_layers
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.models.attention import rows_of, training_attention
 from qmemtune.models.dequantized import dequantized_on_cpu
@@ -67,7 +67,8 @@ class Contestant:
         config = adapter(r=args.rank)
         self.model = apply_adapter(self.base, config, seed=0)
         self.model.train()
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config, learning_rate=1e-4, weight_decay=0.0))
+        groups = parameter_groups(self.model, config, learning_rate=1e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, fused=True if self.device.type == "cuda" else None)
         self.loss_of = LabelledLoss(self.model, compiled=args.compile)
         self.compiled = args.compile
         self.fused = fused and not self.compiled
@@ -78,7 +79,7 @@ class Contestant:
         """As the training engine runs it."""
         on_cpu = self.device.type == "cpu"
         attention = training_attention() if on_cpu and not self.compiled else nullcontext()
-        with attention, dequantized_on_cpu(self.model), fused_on_cpu(self.model) if self.fused else nullcontext():
+        with attention, dequantized_on_cpu(self.model), fused_layers(self.model) if self.fused else nullcontext():
             yield
 
     def step(self, batch: int, length: int) -> float:

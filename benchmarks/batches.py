@@ -30,7 +30,7 @@ from qmemtune.data.collate import model_inputs
 from qmemtune.data.prepare import prepare_data
 from qmemtune.data.rows import TokenRows
 from qmemtune.engine.batching import BatchForm, Batching, padding_share, row_order
-from qmemtune.engine.fused import fused_on_cpu
+from qmemtune.engine.fused import fused_layers
 from qmemtune.engine.loss import LabelledLoss
 from qmemtune.models.attention import rows_of, training_attention
 from qmemtune.models.dequantized import dequantized_on_cpu
@@ -105,7 +105,7 @@ def main() -> None:
         name: batches(packs if form.packed else config, form, rows, tokenizer.pad_token_id)
         for name, form in FORMS.items()
     }
-    with training_attention(), dequantized_on_cpu(model), fused_on_cpu(model):
+    with training_attention(), dequantized_on_cpu(model), fused_layers(model):
         # The first two steps of each take fresh memory.
         taken = list(islice(([step(next(plan)) for plan in plans.values()] for _ in range(args.steps + 2)), 2, None))
     lines = []

@@ -129,11 +129,11 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return best
 
 
-def with_tokenizer(folder: str) -> str:
-    """The folder of a shape with SmolLM2's tokenizer in it, whose ids every shape has."""
+def with_tokenizer(folder: str, tokenizer: str) -> str:
+    """The folder of a shape with a tokenizer in it, whose ids the shape has to have."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(resolve(SMOLLM2, None).location).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve(tokenizer, None, weights=False).location).save_pretrained(folder)
     return folder
 
 
@@ -149,6 +149,7 @@ def operations_per_token(base: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help=f"a model source, or a shape: {', '.join(SHAPES)}")
+    parser.add_argument("--tokenizer", default=SMOLLM2, help="source of a shape's tokenizer")
     parser.add_argument("--cache", default="/tmp/qmemtune-shapes", help="where random weights and joined rows are kept")
     parser.add_argument(
         "--sequence", type=int, default=MAX_LENGTH, help="longest row in tokens; above 1024 rows are joined"
@@ -172,7 +173,7 @@ def main() -> None:
     args.dtype = str(dtype).removeprefix("torch.")
     cache = Path(args.cache)
     base = base_folder(args.model, cache)
-    base = resolve(args.model, None).location if base == args.model else with_tokenizer(base)
+    base = resolve(args.model, None).location if base == args.model else with_tokenizer(base, args.tokenizer)
     if args.sequence > 1024:
         args.train, args.eval = (joined(path, args.sequence, cache) for path in (args.train, args.eval))
     # The same rows for all, each of them once.

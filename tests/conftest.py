@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,24 @@ def mark_all(items: list[pytest.Item], keyword: str, mark: pytest.MarkDecorator)
             item.add_marker(mark)
 
 
+@lru_cache(maxsize=1)
 def cuda_is_available() -> bool:
+    """Whether this machine has a GPU; asked before a test hides it. Without NVIDIA's driver torch need not be read."""
+    if not Path("/proc/driver/nvidia").exists() and not any(Path("/dev").glob("nvidia*")):
+        return False
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that are not marked ``gpu`` run on the CPU, on every machine; so do the processes they start."""
+    if "gpu" not in request.keywords and cuda_is_available():
+        import torch
+
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

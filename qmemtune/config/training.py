@@ -70,8 +70,8 @@ class TrainerConfig:
     keep_best: bool = False
     """End with the adapter of the evaluation with the lowest held-out loss."""
     fused_layers: bool = True
-    """On a CPU: adapted layers, RMS norms, gated units and rotary embeddings in fewer passes over memory, with less
-    kept for the backward pass. The numbers differ in the last bits. No effect on a GPU."""
+    """Adapted layers, RMS norms, gated units and rotary embeddings in fewer passes over memory, with less kept for the
+    backward pass. The numbers differ in the last bits."""
     compile: bool = False
     """Compile the decoder for training steps (torch.compile): a minute or more before the first steps, shorter ones
     after. Takes the place of fused_layers. Needs Triton on a GPU, a C++ compiler on a CPU."""

@@ -19,7 +19,7 @@ KEY = "trainer.compile"
 
 
 def has_fused_layers(config: Config) -> bool:
-    """Whether training on a CPU runs in fused layers: a compiler fuses by itself what is written out plainly."""
+    """Whether training runs in fused layers: a compiler fuses by itself what is written out plainly."""
     return config.trainer.fused_layers and not config.trainer.compile
 
 

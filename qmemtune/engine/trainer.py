@@ -24,7 +24,7 @@ from qmemtune.engine.checkpoints import WRITING
 from qmemtune.engine.compiling import has_fused_layers, has_training_attention
 from qmemtune.engine.environment import seconds_since_start
 from qmemtune.engine.evaluations import Evaluations
-from qmemtune.engine.fused import fused_on_cpu
+from qmemtune.engine.fused import fused_layers
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.parts import Parts
 from qmemtune.engine.prior_schedule import PriorSchedule
@@ -97,10 +97,10 @@ class RunTrainer(Trainer):
 
     @contextmanager
     def _fast_kernels(self) -> Iterator[None]:
-        """Attention, and on a CPU fused layers, compute in faster ways meanwhile."""
+        """Attention and fused layers compute in faster ways meanwhile."""
         config = self.parts.config
         attention = training_attention() if has_training_attention(config) else nullcontext()
-        fused = fused_on_cpu(self.model) if has_fused_layers(config) else nullcontext()
+        fused = fused_layers(self.model) if has_fused_layers(config) else nullcontext()
         with attention, fused:
             yield
 

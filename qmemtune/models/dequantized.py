@@ -62,23 +62,29 @@ def refuse_copies(model: nn.Module) -> None:
 
 def is_swappable(module: nn.Module) -> bool:
     """A frozen 4-bit layer on the CPU, in the standard layout, whose forward nobody else has replaced."""
-    return REFUSED not in module.__dict__ and "forward" not in module.__dict__ and is_4bit_on_cpu(module)
+    untouched = REFUSED not in module.__dict__ and "forward" not in module.__dict__
+    return untouched and on_cpu(module) and is_plain_4bit(module)
 
 
-def is_4bit_on_cpu(module: nn.Module) -> bool:
-    """A quantised 4-bit layer on the CPU whose weight is in the standard layout, so that it can be dequantised."""
+def on_cpu(module: nn.Module) -> bool:
+    """Whether a layer's weight is on the CPU."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.device.type == "cpu"
+
+
+def is_plain_4bit(module: nn.Module) -> bool:
+    """A quantised 4-bit layer whose weight is in the standard layout, so that it can be dequantised."""
     if not isinstance(module, bnb.nn.Linear4bit):
         return False
-    weight = module.weight
-    state = getattr(weight, "quant_state", None)
-    if weight.device.type != "cpu" or state is None or getattr(state, "packing_format_for_cpu", False):
+    state = getattr(module.weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
         return False
     shape: tuple[int, ...] = tuple(state.shape)
     return shape == (module.out_features, module.in_features)
 
 
 def dequantized_weight(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor | None:
-    """The weight of a layer for which :func:`is_4bit_on_cpu` holds, (out_features, in_features), made anew; None where
+    """The weight of a layer for which :func:`is_plain_4bit` holds, (out_features, in_features), made anew; None where
     the layer multiplies inputs of this type in another one."""
     if compute_dtype(layer, dtype) != dtype:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qmemtune.adapters.queryable import FixedWeights, QueryableLinear, fixed_weights
-from qmemtune.engine.fused import fused_on_cpu
+from qmemtune.engine.fused import fused_layers
 
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "matmul", "baddbmm")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -109,7 +109,7 @@ def test_it_may_be_opened_again_and_within_itself(llama):
 def test_a_forward_that_a_layer_had_is_put_back(llama):
     model, ids = llama.adapted(), llama.tokens(2, 5)
     expected = llama.logits(model, ids)
-    with fused_on_cpu(model):
+    with fused_layers(model):
         fused = [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
         torch.testing.assert_close(twice_fixed(llama, model, ids)[1], expected, **CLOSE)
         plain = products(llama, model, ids)

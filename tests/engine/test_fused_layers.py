@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 from qmemtune.adapters.queryable import QueryableMemoryConfig
-from qmemtune.engine.fused import fused_on_cpu, low_rank
+from qmemtune.engine.fused import fused_layers, low_rank
 from qmemtune.engine.fused.mlp import gated_forward
 from qmemtune.engine.fused.norm import norm_forward
 from qmemtune.models.bitsandbytes import keep_4bit_trainable
@@ -74,7 +74,7 @@ def numbers(model: PeftModel, *, fuse: bool, dtype: torch.dtype | None = None) -
     """Logits and gradients of one pass."""
     model.zero_grad()
     autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-    with fused_on_cpu(model) if fuse else nullcontext():
+    with fused_layers(model) if fuse else nullcontext():
         with autocast:
             logits = model(**batch(), use_cache=False).logits.float()
         logits[batch()["attention_mask"].bool()].log_softmax(-1)[:, 7].mean().backward()
@@ -191,7 +191,7 @@ def test_dropout_switched_off_and_second_adapters_run_as_they_did(calls: list[st
     model.eval()
     with model.disable_adapter():
         expected_off = model(**batch(), use_cache=False).logits
-        with fused_on_cpu(model):
+        with fused_layers(model):
             off = model(**batch(), use_cache=False).logits
     torch.testing.assert_close(off, expected_off)
     assert not calls
@@ -212,9 +212,9 @@ def test_without_gradients_and_afterwards_layers_are_what_they_were() -> None:
     plain = {name: module.forward for name, module in model.named_modules() if "forward" in module.__dict__}
     with torch.no_grad():
         expected = model(**batch(), use_cache=False).logits
-        with fused_on_cpu(model):
+        with fused_layers(model):
             assert any("forward" in module.__dict__ for module in model.modules())
-            with fused_on_cpu(model):
+            with fused_layers(model):
                 found = model(**batch(), use_cache=False).logits
     assert torch.equal(found, expected)
     assert {n: m.forward for n, m in model.named_modules() if "forward" in m.__dict__} == plain
@@ -274,9 +274,9 @@ def test_rotary_embeddings_are_replaced_while_training_where_they_compute_the_sa
     """Tokens in halves, as Llama has them; a function that computes otherwise stays."""
     plain = modeling_llama.apply_rotary_pos_emb
     model = adapted("llama", "lora")
-    with fused_on_cpu(model):
+    with fused_layers(model):
         assert modeling_llama.apply_rotary_pos_emb is not plain
-        with fused_on_cpu(model):
+        with fused_layers(model):
             pass
         assert modeling_llama.apply_rotary_pos_emb is not plain
     assert modeling_llama.apply_rotary_pos_emb is plain
@@ -286,7 +286,7 @@ def test_rotary_embeddings_are_replaced_while_training_where_they_compute_the_sa
 
     other.__module__ = plain.__module__
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
-    with fused_on_cpu(model):
+    with fused_layers(model):
         assert modeling_llama.apply_rotary_pos_emb is other
 
 
@@ -302,7 +302,7 @@ def test_what_can_be_made_again_is_not_kept() -> None:
             return tensor
 
         with (
-            fused_on_cpu(model) if fuse else nullcontext(),
+            fused_layers(model) if fuse else nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             logits = model(**batch(), use_cache=False).logits
@@ -314,7 +314,7 @@ def test_what_can_be_made_again_is_not_kept() -> None:
 
 def test_two_backward_passes_through_one_graph() -> None:
     model = adapted("llama", "queryable")
-    with fused_on_cpu(model):
+    with fused_layers(model):
         loss = model(**batch(), use_cache=False).logits.square().mean()
         loss.backward(retain_graph=True)
         once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

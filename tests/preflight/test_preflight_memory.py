@@ -19,7 +19,7 @@ from qmemtune.config.training import OptimizerConfig
 from qmemtune.data.collate import Collator, model_inputs
 from qmemtune.data.packing import without_padding
 from qmemtune.engine.batching import BatchForm
-from qmemtune.engine.fused import fused_on_cpu
+from qmemtune.engine.fused import fused_layers
 from qmemtune.engine.language import LabelledLoss
 from qmemtune.engine.memory.estimate import RunMemory
 from qmemtune.engine.memory.exhausted import asked_bytes, explained
@@ -75,7 +75,7 @@ def test_activations_are_those_that_a_real_forward_keeps(run_config, adapter, fu
     if padded:
         batch["attention_mask"][0, -1] = 0
     saved = Saved(model)
-    forms = fused_on_cpu(model) if fused else nullcontext()
+    forms = fused_layers(model) if fused else nullcontext()
     kept = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t)
     with forms, training_attention(), rows_of(batch.get("row_lengths")), kept, loss_of.installed():
         loss, _ = model(**model_inputs(batch))

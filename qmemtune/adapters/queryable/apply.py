@@ -186,7 +186,7 @@ def add_update(result: Tensor, z: Tensor, routed: Tensor, weight: Tensor, scalin
     if result._is_view() or not result.is_contiguous():
         result = result.clone(memory_format=torch.contiguous_format)
     gradient = joint = None
-    if routed.requires_grad and torch.is_grad_enabled() and not routed.is_cuda:
+    if routed.requires_grad and torch.is_grad_enabled():
         gradient, joint = OperatorGradient.of(routed)
         routed = gradient.routed
     updated: Tensor = _AddUpdate.apply(result, z, routed, weight, scaling, gradient, joint)

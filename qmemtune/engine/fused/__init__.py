@@ -1,10 +1,10 @@
-"""Fewer passes over large tensors in a training step on a CPU.
+"""Fewer passes over large tensors in a training step.
 
-Where matrix products are fast (AMX, AVX-512 with bfloat16), most of a fine-tuning step is spent on what lies between
-them: casts, scaling and adding low-rank updates, normalisation, the sums of gradients that meet at one input. Each part
-here does the same arithmetic in fewer passes and keeps less for the backward pass. All of them are switched on for the
-duration of training by :func:`fused_on_cpu`, layer by layer, where a layer is what the part is made for; every other
-layer runs as it was.
+Where matrix products are fast (a GPU, AMX, AVX-512 with bfloat16), most of a fine-tuning step is spent on what lies
+between them: casts, scaling and adding low-rank updates, normalisation, the sums of gradients that meet at one input.
+Each part here does the same arithmetic in fewer passes and keeps less for the backward pass. All of them are switched
+on for the duration of training by :func:`fused_layers`, layer by layer, where a layer is what the part is made for;
+every other layer runs as it was.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qmemtune.engine.fused.rotary import fused_rotary
 
 
 @contextmanager
-def fused_on_cpu(model: nn.Module) -> Iterator[None]:
-    """While open, layers on a CPU that have a fused form run in it when gradients are wanted.
+def fused_layers(model: nn.Module) -> Iterator[None]:
+    """While open, layers on a CPU or an NVIDIA GPU that have a fused form run in it when gradients are wanted.
 
     Layers whose ``forward`` somebody else has replaced are left alone, so blocks may be nested.
 

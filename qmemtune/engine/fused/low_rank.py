@@ -23,9 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from qmemtune.adapters.queryable.apply import add_update
 from qmemtune.adapters.queryable.layer import QueryableLinear
+from qmemtune.engine.fused.devices import FUSED, autocast_type
 from qmemtune.engine.fused.remade import Remade, marked
 from qmemtune.engine.fused.room import HANDED_ON, PASSING, empty
-from qmemtune.models.dequantized import dequantized_weight, is_4bit_on_cpu
+from qmemtune.models.dequantized import dequantized_weight, is_plain_4bit
 
 WeightOf = Callable[[torch.dtype], Tensor | None]
 """The base layer's weight (O, I) in a type, None where it is not to be had in that type. Asked in each pass: some make
@@ -161,17 +162,17 @@ class _Adapted:
 
 def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
     """The outputs of layers at one input; None unless this is an ordinary training pass of each."""
-    if not (torch.is_grad_enabled() and x.device.type == "cpu" and x.is_floating_point() and x.dim() > 1):
+    if not (torch.is_grad_enabled() and x.device.type in FUSED and x.is_floating_point() and x.dim() > 1):
         return None
     names = [name for layer in layers if (name := layer.adapter()) is not None]
     if len(names) < len(layers):
         return None
-    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    kind = autocast_type(x.device) or x.dtype
     bases = []
     for layer in layers:
         # Last of what is asked: some make it anew.
         weight = layer.weight_of(kind)
-        if weight is None:
+        if weight is None or weight.device != x.device:
             return None
         bias = layer.module.base_layer.bias
         bases.append((layer.weight_of, weight, None if bias is None else bias.to(kind)))
@@ -190,7 +191,7 @@ def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
 
 
 def low_rank_forward(module: nn.Module) -> Callable[..., Tensor] | None:
-    """A forward for a layer adapted with plain LoRA or a queryable memory, on a CPU; None for any other layer.
+    """A forward for a layer adapted with plain LoRA or a queryable memory; None for any other layer.
 
     Calls that are not an ordinary training pass (no gradient, dropout, several adapters, a switched-off or merged one)
     go through the layer's own forward.
@@ -253,9 +254,9 @@ def _add_routed(layer: Any, name: str, x: Tensor, result: Tensor, state: Tensor)
 def _weight_of(base: Any) -> WeightOf | None:
     """Where the frozen weight of a base layer is to be had."""
     if type(base) is nn.Linear and "forward" not in base.__dict__:
-        if base.weight.requires_grad or base.weight.device.type != "cpu":
+        if base.weight.requires_grad or base.weight.device.type not in FUSED:
             return None
         return lambda dtype: base.weight if base.weight.dtype == dtype else None
-    if is_4bit_on_cpu(base) and "forward" not in base.__dict__:
+    if base.weight.device.type in FUSED and is_plain_4bit(base) and "forward" not in base.__dict__:
         return partial(dequantized_weight, base)
     return getattr(base.__dict__.get("forward"), "weight_in", None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from qmemtune.engine.fused.devices import FUSED, kernels_for
 from qmemtune.engine.fused.low_rank import at_one_input
 from qmemtune.engine.fused.remade import Remade, mark
 from qmemtune.engine.fused.room import passing
@@ -29,12 +30,17 @@ class _GatedUnit(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, remade: Remade) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.remade = remade
+        if (kernels := kernels_for(gate)) is not None:
+            result: Tensor = kernels.gated(gate, up)
+            return result
         return _opened(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
+        if (kernels := kernels_for(gate)) is not None:
+            return *kernels.gated_backward(grad, gate, up), None
         opened = ctx.remade.by_product()
         grad_up = (_opened(gate) if opened is None else opened).mul_(grad)
         grad_gate = torch.mul(grad, up, out=passing(grad))
@@ -42,7 +48,9 @@ class _GatedUnit(torch.autograd.Function):
         return grad_gate, grad_up, None
 
 
-def _again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    if (kernels := kernels_for(gate)) is not None:
+        return kernels.gated(gate, up), None
     opened = _opened(gate)
     return torch.mul(opened, up, out=passing(gate)), opened
 
@@ -69,7 +77,7 @@ def gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     gate_and_up = at_one_input([module.gate_proj, module.up_proj])  # type: ignore[list-item]
 
     def forward(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or x.device.type != "cpu":
+        if not torch.is_grad_enabled() or x.device.type not in FUSED:
             result: Tensor = plain(x)
             return result
         gate, up = gate_and_up(x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from qmemtune.engine.fused.devices import FUSED, kernels_for
 from qmemtune.engine.fused.remade import Remade, mark
 from qmemtune.engine.fused.room import copied, passing
 
@@ -30,10 +31,15 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, remade: Remade) -> tuple[Tensor, Tensor]:
+        ctx.remade = remade
+        if (kernels := kernels_for(x)) is not None:
+            result, scale = kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            ctx.mark_non_differentiable(scale)
+            return result, scale
         wide = copied(x, torch.float32)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        ctx.remade = remade
         ctx.mark_non_differentiable(scale)
         wide.mul_(scale)
         return (wide if x.dtype == torch.float32 else copied(wide, x.dtype)).mul_(weight), scale
@@ -42,6 +48,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
+        if (kernels := kernels_for(x)) is not None:
+            return kernels.rms_norm_backward(grad, x, weight, scale), None, None, None
         result = torch.mul(grad, weight, out=passing(grad)).to(torch.float32)
         normed = ctx.remade.by_product()
         if normed is None:
@@ -50,7 +58,9 @@ class _RMSNorm(torch.autograd.Function):
         return result.addcmul_(normed, along).mul_(scale).to(x.dtype), None, None, None
 
 
-def _again(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _again(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    if (kernels := kernels_for(x)) is not None:
+        return kernels.normed(x, weight, scale), None
     wide = copied(x, torch.float32).mul_(scale)
     return copied(wide, x.dtype).mul_(weight), wide
 
@@ -75,7 +85,7 @@ def norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         or not isinstance(weight, Tensor)
         or weight.dim() != 1
         or weight.requires_grad
-        or weight.device.type != "cpu"
+        or weight.device.type not in FUSED
         or eps is None
         or len(list(module.parameters())) != 1
     ):
@@ -85,7 +95,7 @@ def norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     plain = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not x.requires_grad or x.dtype != weight.dtype or x.device.type != "cpu":
+        if not torch.is_grad_enabled() or not x.requires_grad or x.dtype != weight.dtype or x.device != weight.device:
             result: Tensor = plain(x)
             return result
         return fused_norm(x, weight, eps)
@@ -99,6 +109,6 @@ def _same(module: nn.Module, weight: Tensor, eps: float) -> bool:
     if isinstance(weight, FakeTensor):
         # Nothing to compare where tensors have no numbers.
         return True
-    x = torch.linspace(-2.0, 3.0, 2 * len(weight), dtype=torch.float32).view(2, -1).to(weight.dtype)
+    x = torch.linspace(-2.0, 3.0, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
     own = module(x)
     return own.shape == x.shape and own.dtype == x.dtype and torch.allclose(own, fused_norm(x, weight, eps))

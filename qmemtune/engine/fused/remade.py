@@ -20,11 +20,11 @@ class Remade:
     """How one tensor is made again.
 
     Args:
-        make: from the tensors that are kept, the tensor, and what comes about on the way there and
+        make: from the tensors that are kept, the tensor, and what comes about on the way there, if anything, and
             :meth:`by_product` may use.
     """
 
-    def __init__(self, make: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, make: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
         self._make = make
         self._waiting = 0
         self._value: Tensor | None = None

@@ -27,9 +27,10 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, room: int) -> 
     """An uninitialised contiguous tensor with ``room`` bytes behind it.
 
     Args:
-        like: on a CPU; where it is a tensor without numbers, so is the result.
+        like: where it is on a GPU, whose allocator hands out whole blocks, there is no room; where it is a tensor
+            without numbers, so is the result.
     """
-    if type(like) is not Tensor:
+    if type(like) is not Tensor or like.is_cuda:
         return like.new_empty(shape, dtype=dtype)
     storage = torch.empty(torch.Size(shape).numel() * dtype.itemsize + room, dtype=torch.uint8).untyped_storage()
     # No view: a result of a layer may be added to in place, which autograd forbids for a view made without gradients.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qmemtune.engine.fused.devices import FUSED, kernels_for
 from qmemtune.engine.fused.room import PASSING, empty
 
 NAME = "apply_rotary_pos_emb"
@@ -30,6 +31,9 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        if (kernels := kernels_for(x)) is not None:
+            made: Tensor = kernels.rotated(x, cos, sin)
+            return made
         half = x.shape[-1] // 2
         result = x * cos
         result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -40,6 +44,8 @@ class _Rotated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        if (kernels := kernels_for(grad)) is not None:
+            return kernels.rotated(grad, cos, sin, backward=True), None, None
         half = grad.shape[-1] // 2
         # In the order of the projections' results, (B, T, H, D), in which they will be read.
         rows, heads, tokens, width = grad.shape
@@ -51,11 +57,12 @@ class _Rotated(torch.autograd.Function):
 
 
 def rotated(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``apply_rotary_pos_emb`` in its fused form where gradients are wanted on a CPU, else as it was."""
+    """``apply_rotary_pos_emb`` in its fused form where gradients are wanted, else as it was."""
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        ordinary = torch.is_grad_enabled() and q.device.type == "cpu" and not args and not kwargs
+        ordinary = torch.is_grad_enabled() and q.device.type in FUSED and not args and not kwargs
         same = q.dtype == k.dtype == cos.dtype == sin.dtype and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        same = same and q.device == k.device == cos.device
         if not (ordinary and same and q.requires_grad and k.requires_grad and not cos.requires_grad):
             return plain(q, k, cos, sin, *args, **kwargs)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -168,7 +168,7 @@ class RunMemory:
         trained = [parameter for parameter in added if parameter.requires_grad]
         self.gradients = sum(parameter.numel() for parameter in trained) * TRAINED_ITEMSIZE
         self.optimizer_state = optimizer_bytes(trained, config.optimizer)
-        self.fused = self.on_cpu and has_fused_layers(config)
+        self.fused = has_fused_layers(config)
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "quantization": "none" if has_copies else quantization.kind,

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qmemtune.adapters import prompts_of
 from qmemtune.adapters.queryable import memory_of
 from qmemtune.data.rows import IGNORED
-from qmemtune.engine.fused import fused_on_cpu
+from qmemtune.engine.fused import fused_layers
 from qmemtune.engine.loss import frozen_head_loss
 from qmemtune.engine.memory.workload import Workload
 from qmemtune.models.attention import mask_of_rows, training_attention
@@ -212,7 +212,7 @@ class Tracer:
         decoder, head = decoder_of(self.lm), self.lm.get_output_embeddings()
         transform = transform_candidates(self.lm)[-1]
         attention = training_attention(written_out=self.on_cpu) if self.own_attention else nullcontext()
-        fused = fused_on_cpu(self.model) if self.fused else nullcontext()
+        fused = fused_layers(self.model) if self.fused else nullcontext()
         with self.mode, attention, fused, self._checkpointed(batch.checkpointing):
             numbers = None
             if batch.together is not None:
@@ -242,7 +242,7 @@ class Tracer:
                         )[0]
                         activations, in_heap, forward = counter.live, counter.live_in_heap, counter.take_peak()
                         chosen = hidden.flatten(0, 1)[: batch.labelled]
-                        total = frozen_head_loss(chosen, targets, head, transform)
+                        total = frozen_head_loss(chosen, targets, head, transform, on_gpu=not self.on_cpu)
                     loss = counter.take_peak()
                     del hidden, chosen
                     total.backward()

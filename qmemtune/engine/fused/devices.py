@@ -1,0 +1,33 @@
+"""Where layers have a fused form, and what it is made of there."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+FUSED = ("cpu", "cuda")
+"""Types of devices on which there is one."""
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """:mod:`qmemtune.engine.fused.kernels` for a tensor on a GPU; None elsewhere, and where Triton is missing."""
+    return _kernels() if x.is_cuda else None
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType | None:
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return None
+    from qmemtune.engine.fused import kernels
+
+    return kernels
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in on a device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
