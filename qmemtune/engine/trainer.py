@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from qmemtune.engine.saving import save_checkpoint, without_frozen_head
 from qmemtune.engine.step_numbers import StepNumbers
 from qmemtune.engine.totals import Stopwatch
 from qmemtune.engine.tracking import guard_backends
+from qmemtune.engine.walks import replaced, without_walks
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import training_attention
 
@@ -82,9 +83,15 @@ class RunTrainer(Trainer):
         """Whether the latest checkpoint could not be written."""
         self.first_step_done_s: float | None = None
         """Seconds from the start of the process to the end of its first step; None before it."""
+        self._trained: list[nn.Parameter] = []
+        """What has gradients; empty where the model is not in one piece here."""
+        self._ahead: tuple[Iterator[Any], list[Any]] | None = None
+        """Batches of the next step, and where they were taken from."""
+        self._take_ahead: Callable[[], None] = lambda: None
+        self._in_training = ExitStack()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self._fast_kernels():
+        with self._fast_kernels(), self._in_training:
             return super().train(*args, **kwargs)
 
     def only_finish(self, checkpoint: Checkpoint) -> None:
@@ -120,10 +127,42 @@ class RunTrainer(Trainer):
             return [], None
         self._stopwatch.start()
         self.router.begin(self.state.global_step + 1)
-        batches = list(islice(epoch_iterator, num_batches))
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is epoch_iterator:
+            batches = ahead[1]
+        else:
+            batches = list(islice(epoch_iterator, num_batches))
+        self._take_ahead = partial(self._prepare, epoch_iterator, num_batches)
         return batches, self.step_numbers.begin(batches)
 
+    def _prepare(self, epoch_iterator: Iterator[Any], num_batches: int) -> None:
+        """Take the batches of the next step; an epoch's last step has those that are left."""
+        self._ahead = epoch_iterator, list(islice(epoch_iterator, num_batches))
+
     # Loss and optimizer
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch's passes."""
+        whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if not self._trained and self.accelerator.distributed_type in whole:
+            self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            model.train()
+            self._in_training.enter_context(without_walks(model))
+        loss: Tensor = super().training_step(model, *args, **kwargs)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        with self._trained_alone(model):
+            return super()._clip_grad_norm(model)
+
+    @contextmanager
+    def _trained_alone(self, model: nn.Module) -> Iterator[None]:
+        """``model.parameters()`` are those with gradients meanwhile, without a search."""
+        if not self._trained:
+            yield
+            return
+        with replaced(model, parameters=lambda recurse=True: iter(self._trained)):
+            yield
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -148,11 +187,15 @@ class RunTrainer(Trainer):
         return self.optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self.step_numbers.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        with self._trained_alone(model):
+            self.step_numbers.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.step_numbers.grad_norm
 
     def check_step(self) -> None:
         """Take the step's mean loss over all processes; leave the step out if loss or gradient is no number."""
+        if self.args.device.type == "cuda":
+            # All of this step is under way there, and its numbers will be waited for.
+            self._take_ahead()
         numbers = self.step_numbers.means()
         self._loss, step = numbers[0], self.state.global_step + 1
         if all(map(math.isfinite, numbers)):

@@ -92,8 +92,9 @@ def close(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each pass through a fused adapted layer."""
     seen: list[str] = []
-    real = low_rank._BasesAndStates.apply
+    real, joined = low_rank._BasesAndStates.apply, low_rank._AdaptedLayers.apply
     monkeypatch.setattr(low_rank._BasesAndStates, "apply", lambda *args: (seen.append("low_rank"), real(*args))[1])
+    monkeypatch.setattr(low_rank._AdaptedLayers, "apply", lambda *args: (seen.append("low_rank"), joined(*args))[1])
     return seen
 
 

@@ -182,9 +182,9 @@ def test_fused_layers_have_the_numbers_of_the_plain_ones(name: str, quantization
     model = adapted(name, kind, quantization)
     expected = numbers(model, fuse=False)
     calls = []
-    real = low_rank._BasesAndStates.apply
+    real = low_rank._AdaptedLayers.apply
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(low_rank._BasesAndStates, "apply", lambda *args: (calls.append(0), real(*args))[1])
+        patch.setattr(low_rank._AdaptedLayers, "apply", lambda *args: (calls.append(0), real(*args))[1])
         found = numbers(model, fuse=True)
     assert calls
     torch.testing.assert_close(found[0], expected[0], rtol=2e-4, atol=2e-4)

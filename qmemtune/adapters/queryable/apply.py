@@ -11,6 +11,8 @@ the layer's output; one ``addmm`` in place does it in none.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,6 +36,33 @@ def _transposed_product(routed: Tensor, grad: Tensor) -> Tensor:
     if routed.is_cuda:
         return (routed.transpose(-1, -2) @ grad.unsqueeze(-1)).squeeze(-1)
     return (routed * grad.unsqueeze(-1)).sum(dim=-2)
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType | None:
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return None
+    from qmemtune.adapters.queryable import kernels
+
+    return kernels
+
+
+def through_route(routed: Tensor, z: Tensor) -> Tensor:
+    """``C z`` of tokens in a row, without gradient. Shapes: routed (N, R, R) float32, z (N, R); result as z."""
+    if z.is_cuda and (kernels := _kernels()) is not None:
+        result: Tensor = kernels.routed(routed.contiguous(), z)
+        return result
+    return routed_product(routed, z.to(routed.dtype)).to(z.dtype)
+
+
+def back_through_route(routed: Tensor, grad: Tensor) -> Tensor:
+    """``C^T g``. Shapes as :func:`through_route`."""
+    if grad.is_cuda and (kernels := _kernels()) is not None:
+        result: Tensor = kernels.routed(routed.contiguous(), grad, transposed=True)
+        return result
+    return _transposed_product(routed, grad.to(routed.dtype)).to(grad.dtype)
 
 
 class _ApplyOperator(torch.autograd.Function):
@@ -88,9 +117,10 @@ class OperatorGradient:
         return found
 
     def leave(self, grad: Tensor, z: Tensor) -> None:
-        """A layer's factors, (..., R) each, float32."""
+        """A layer's factors, (..., R) each."""
         self._forget_other_runs()
-        self._left.append((grad, z))
+        rank = z.shape[-1]
+        self._left.append((grad.to(z.dtype).reshape(-1, rank), z.reshape(-1, rank)))
 
     def _forget_other_runs(self) -> None:
         # A backward pass that was asked for some gradients only, or was cut off, takes nothing of what it left.
@@ -104,7 +134,7 @@ class OperatorGradient:
         left, self._left = self._left, []
         if not left:
             return torch.zeros_like(self.routed)
-        grads, states = (torch.stack(parts, dim=-2).flatten(0, -3) for parts in zip(*left, strict=True))
+        grads, states = (torch.stack(parts, dim=1).to(self.routed.dtype) for parts in zip(*left, strict=True))
         return torch.bmm(grads.transpose(1, 2), states).view(self.routed.shape)
 
 
@@ -161,7 +191,7 @@ class _AddUpdate(torch.autograd.Function):
                 if ctx.needs_input_grad[2]:
                     grad_routed = inner.unsqueeze(-1) * z.to(routed.dtype).unsqueeze(-2)
                 if ctx.needs_input_grad[6]:
-                    ctx.gradient.leave(inner, z.to(routed.dtype))
+                    ctx.gradient.leave(inner, z)
                     grad_joint = inner.new_zeros(())
         return grad, grad_z, grad_routed, grad_weight, None, None, grad_joint
 

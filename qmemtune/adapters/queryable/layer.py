@@ -151,6 +151,14 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
             f"was formed for {tuple(routed.shape[:-2])}: leave it out with exclude_modules"
         )
 
+    def formed_route(self, name: str) -> Tensor | None:
+        """What :meth:`routed` returns where nothing has to be done for it in a pass with gradients; otherwise None."""
+        holder, block = self.memory.holder, self.block[name]
+        state = holder.pass_of(name)
+        if holder.recomputing and state.owners.get(block) == id(self):
+            return None
+        return state.routed.get(block)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: the operator depends on the input."""
         raise ValueError(NOT_MERGEABLE)

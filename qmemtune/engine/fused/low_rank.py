@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qmemtune.adapters.queryable.apply import add_update
+from qmemtune.adapters.queryable.apply import OperatorGradient, add_update, back_through_route, through_route
 from qmemtune.adapters.queryable.layer import QueryableLinear
 from qmemtune.engine.fused.devices import FUSED, autocast_type
 from qmemtune.engine.fused.remade import Remade, marked
@@ -31,50 +31,45 @@ from qmemtune.models.dequantized import dequantized_weight, is_plain_4bit
 WeightOf = Callable[[torch.dtype], Tensor | None]
 """The base layer's weight (O, I) in a type, None where it is not to be had in that type. Asked in each pass: some make
 it anew, and then it is not kept in between."""
-FIRST_FACTOR = 3
-"""Place of the first factor among the arguments of the node below."""
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base layer in one pass."""
+
+    weight_of: WeightOf
+    weight: Tensor
+    """In the type of the pass; used in the forward pass only."""
+    bias: Tensor | None
+    """Frozen, (O,), of the same type."""
+    scaling: float
+    """Of the update."""
 
 
 class _BasesAndStates(torch.autograd.Function):
-    """``W x + bias`` and ``A x`` of one layer, or of several at one input, as one node.
+    """``W x + bias`` and ``A x`` of layers at one input, as one node: for a block's first, whose states form its route.
 
     The gradients of x are added by the products that make them, and all states are one product. Gate and up of
     SmolLM2-135M, 1,360 tokens in float32, one AVX2 core: 2 to 7 % of both passes through the two layers.
 
-    Shapes: x (N, I), weight (O, I), bias (O,) frozen or None, factor A (R, I); the layers' results (N, O), then their
-    states (N, R). Two dimensions, because with more of them a result may be a view, which nothing may be added to in
-    place. Where x can be made again, of what follows the factors, it is not kept.
+    Shapes: x (N, I), factors A (R, I); the layers' results (N, O), then their states (N, R). Two dimensions, because
+    with more of them a result may be a view, which nothing may be added to in place. Where x can be made again, of what
+    follows the factors, it is not kept.
     """
+
+    PLACE = 3
+    """Of the first factor among the arguments."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        layers: Sequence[tuple[WeightOf, Tensor, Tensor | None]],
-        remade: Remade | None,
-        *factors_and_kept: Tensor,
+        ctx: Any, x: Tensor, bases: Sequence[_Base], remade: Remade | None, *factors_and_kept: Tensor
     ) -> tuple[Tensor, ...]:
-        factors, kept = factors_and_kept[: len(layers)], factors_and_kept[len(layers) :]
-        # One layer's factor alone is not copied.
-        cast = torch.cat([factor.to(x.dtype) for factor in factors]) if len(layers) > 1 else factors[0].to(x.dtype)
-        if remade is None:
-            kept = (x,)
-        elif any(ctx.needs_input_grad[FIRST_FACTOR:]):
-            remade.expect()
-        ctx.save_for_backward(cast, *kept)
-        ctx.weights_of = [weight_of for weight_of, _, _ in layers]
-        ctx.remade = remade
+        factors, kept = factors_and_kept[: len(bases)], factors_and_kept[len(bases) :]
+        states, cast = _states(x, factors)
+        ctx.save_for_backward(cast, *_kept(ctx, x, remade, kept, _BasesAndStates.PLACE, len(bases)))
+        ctx.weights_of, ctx.remade = [base.weight_of for base in bases], remade
         ctx.factors = [(len(factor), factor.dtype) for factor in factors]
-        results = []
-        for _, weight, bias in layers:
-            result = empty(x, (len(x), len(weight)), x.dtype, HANDED_ON)
-            if bias is None:
-                torch.mm(x, weight.t(), out=result)
-            else:
-                torch.addmm(bias, x, weight.t(), out=result)
-            results.append(result)
-        states = F.linear(x, cast)
-        return *results, *(states.split([len(factor) for factor in factors], dim=1) if len(layers) > 1 else (states,))
+        return *_products(x, bases), *_split(states, ctx.factors)
 
     @staticmethod
     @once_differentiable
@@ -82,48 +77,146 @@ class _BasesAndStates(torch.autograd.Function):
         cast, *kept = ctx.saved_tensors
         grads, states = both[: len(ctx.factors)], both[len(ctx.factors) :]
         grad_states = torch.cat(states, dim=1) if len(states) > 1 else states[0]
-        grad_x = None
-        grad_factors: list[Tensor | None] = [None] * len(ctx.factors)
-        if ctx.needs_input_grad[0]:
-            first, *others = zip(grads, ctx.weights_of, strict=True)
-            grad_x = empty(cast, (len(grad_states), cast.shape[1]), cast.dtype, PASSING)
-            torch.mm(first[0], first[1](cast.dtype), out=grad_x)
-            for grad, weight_of in others:
-                grad_x.addmm_(grad, weight_of(cast.dtype))
-            grad_x.addmm_(grad_states, cast)
-        wanted = ctx.needs_input_grad[FIRST_FACTOR : FIRST_FACTOR + len(ctx.factors)]
-        if any(wanted):
-            x = kept[0] if ctx.remade is None else ctx.remade.take(*kept).flatten(0, -2)
-            parts = (grad_states.t() @ x).split([rank for rank, _ in ctx.factors])
-            grad_factors = [
-                part.to(dtype) if asked else None
-                for part, (_, dtype), asked in zip(parts, ctx.factors, wanted, strict=True)
-            ]
+        grad_x = _input_gradient(ctx, grads, grad_states, cast) if ctx.needs_input_grad[0] else None
+        grad_factors = _factor_gradients(ctx, grad_states, kept, _BasesAndStates.PLACE)
         return grad_x, None, None, *grad_factors, *[None] * (len(kept) if ctx.remade else 0)
 
 
-class _AddLowRank(torch.autograd.Function):
-    """``result += scaling * B z`` in place; result (N, O), state z (N, R), factor B (O, R)."""
+class _AdaptedLayers(torch.autograd.Function):
+    """``W x + bias + scaling * B (C A x)`` of layers at one input, as one node; C is the identity without a route.
+
+    Of the tensors that are there already, the updates and the gradients are added in place by the products that make
+    them.
+
+    Shapes: x (N, I), factors A (R, I), then as many factors B (O, R); results (N, O). Routed operators C (N, R, R),
+    float32; their gradient goes through ``joint``, see :class:`OperatorGradient`. What follows the factors is what x
+    can be made of again.
+    """
+
+    PLACE = 5
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, state: Tensor, factor: Tensor, scaling: float) -> Tensor:
-        cast = factor.to(result.dtype)
-        result.addmm_(state, cast.t(), alpha=scaling)
-        ctx.mark_dirty(result)
-        ctx.save_for_backward(state, cast)
-        ctx.scaling, ctx.factor_dtype = scaling, factor.dtype
-        return result
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bases: Sequence[_Base],
+        remade: Remade | None,
+        gradient: OperatorGradient | None,
+        joint: Tensor | None,
+        *factors_and_kept: Tensor,
+    ) -> tuple[Tensor, ...]:
+        count = len(bases)
+        factors, outer, kept = (
+            factors_and_kept[:count],
+            factors_and_kept[count : 2 * count],
+            factors_and_kept[2 * count :],
+        )
+        ctx.factors = [(len(factor), factor.dtype) for factor in factors]
+        states, cast = _states(x, factors)
+        inner = _split(states, ctx.factors)
+        routed = None
+        if gradient is not None:
+            routed = gradient.routed.flatten(0, -3)
+            inner = [through_route(routed, state) for state in inner]
+        outer_cast = [factor.to(x.dtype) for factor in outer]
+        results = _products(x, bases)
+        for result, base, state, factor in zip(results, bases, inner, outer_cast, strict=True):
+            result.addmm_(state, factor.t(), alpha=base.scaling)
+        kept = _kept(ctx, x, remade, kept, _AdaptedLayers.PLACE, 2 * count)
+        # Without a route what passes through B are the states themselves.
+        ctx.save_for_backward(cast, states, *outer_cast, *(inner if gradient is not None else ()), *kept)
+        ctx.weights_of, ctx.scalings = [base.weight_of for base in bases], [base.scaling for base in bases]
+        ctx.remade, ctx.gradient, ctx.routed = remade, gradient, routed
+        ctx.outer_type = outer[0].dtype
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        state, factor = ctx.saved_tensors
-        grad_state = grad_factor = None
-        if ctx.needs_input_grad[1]:
-            grad_state = (grad @ factor).mul_(ctx.scaling)
-        if ctx.needs_input_grad[2]:
-            grad_factor = (state.t() @ grad).t().to(ctx.factor_dtype).mul_(ctx.scaling)
-        return grad, grad_state, grad_factor, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        count, place = len(grads), _AdaptedLayers.PLACE
+        cast, states, *saved = ctx.saved_tensors
+        outer, saved = saved[:count], saved[count:]
+        parts = _split(states, ctx.factors)
+        inner, kept = (saved[:count], saved[count:]) if ctx.gradient is not None else (parts, saved)
+        wanted = ctx.needs_input_grad
+        grad_outer: list[Tensor | None] = [None] * count
+        grad_inner = []
+        for i, (grad, factor, state, scaling) in enumerate(zip(grads, outer, inner, ctx.scalings, strict=True)):
+            if wanted[place + count + i]:
+                grad_outer[i] = product(state.t(), grad, ctx.outer_type).t().mul_(scaling)
+            grad_inner.append((grad @ factor).mul_(scaling))
+        if ctx.gradient is not None:
+            if wanted[4]:
+                for part, state in zip(grad_inner, parts, strict=True):
+                    ctx.gradient.leave(part, state)
+            grad_inner = [back_through_route(ctx.routed, part) for part in grad_inner]
+        grad_states = torch.cat(grad_inner, dim=1) if count > 1 else grad_inner[0]
+        grad_x = _input_gradient(ctx, grads, grad_states, cast) if wanted[0] else None
+        grad_factors = _factor_gradients(ctx, grad_states, kept, place)
+        grad_joint = cast.new_zeros((), dtype=torch.float32) if wanted[4] else None
+        others = [None] * (len(kept) if ctx.remade else 0)
+        return grad_x, None, None, None, grad_joint, *grad_factors, *grad_outer, *others
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` in a type; on a GPU without rounding to that of the factors in between."""
+    if left.is_cuda and left.dtype != dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def _states(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Low-rank states of all layers, (N, sum of R), and the factors in the type of x, as one."""
+    # One layer's factor alone is not copied.
+    cast = torch.cat([factor.to(x.dtype) for factor in factors]) if len(factors) > 1 else factors[0].to(x.dtype)
+    return F.linear(x, cast), cast
+
+
+def _split(states: Tensor, factors: Sequence[tuple[int, torch.dtype]]) -> Sequence[Tensor]:
+    return states.split([rank for rank, _ in factors], dim=1) if len(factors) > 1 else (states,)
+
+
+def _kept(
+    ctx: Any, x: Tensor, remade: Remade | None, kept: tuple[Tensor, ...], place: int, factors: int
+) -> tuple[Tensor, ...]:
+    """What is kept of the input: itself, or what it is made of."""
+    if remade is None:
+        return (x,)
+    if any(ctx.needs_input_grad[place : place + factors]):
+        remade.expect()
+    return kept
+
+
+def _products(x: Tensor, bases: Sequence[_Base]) -> list[Tensor]:
+    results = []
+    for base in bases:
+        result = empty(x, (len(x), len(base.weight)), x.dtype, HANDED_ON)
+        if base.bias is None:
+            torch.mm(x, base.weight.t(), out=result)
+        else:
+            torch.addmm(base.bias, x, base.weight.t(), out=result)
+        results.append(result)
+    return results
+
+
+def _input_gradient(ctx: Any, grads: Sequence[Tensor], grad_states: Tensor, cast: Tensor) -> Tensor:
+    grad_x = empty(cast, (len(grad_states), cast.shape[1]), cast.dtype, PASSING)
+    torch.mm(grads[0], ctx.weights_of[0](cast.dtype), out=grad_x)
+    for grad, weight_of in zip(grads[1:], ctx.weights_of[1:], strict=True):
+        grad_x.addmm_(grad, weight_of(cast.dtype))
+    return grad_x.addmm_(grad_states, cast)
+
+
+def _factor_gradients(ctx: Any, grad_states: Tensor, kept: Sequence[Tensor], place: int) -> list[Tensor | None]:
+    wanted = ctx.needs_input_grad[place : place + len(ctx.factors)]
+    if not any(wanted):
+        return [None] * len(wanted)
+    x = kept[0] if ctx.remade is None else ctx.remade.take(*kept).flatten(0, -2)
+    dtype = ctx.factors[0][1]
+    parts: Sequence[Tensor] = (product(grad_states.t(), x, dtype),)
+    if len(wanted) > 1:
+        parts = parts[0].split([rank for rank, _ in ctx.factors])
+    return [part if asked else None for part, asked in zip(parts, wanted, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -134,23 +227,23 @@ class _Adapted:
     factors: Any
     """A of each adapter, by name."""
     weight_of: WeightOf
+    outer: Any
+    """B of each adapter, by name."""
     fits: Callable[[Any, str], bool]
     """Whether an adapter of this name does nothing that the fused form does not."""
-    update: Callable[[Any, str, Tensor, Tensor, Tensor], Tensor]
-    """Adds an adapter's update to the base's result, given the input and its state."""
 
     @classmethod
     def of(cls, module: Any) -> _Adapted | None:
         if isinstance(module, QueryableLinear):
-            factors, fits, update = module.queryable_A, _queryable_fits, _add_routed
+            factors, outer, fits = module.queryable_A, module.queryable_B, _queryable_fits
         elif isinstance(module, LoraLayer) and (
             isinstance(module, LoraLinear) or type(module).__name__ == "Linear4bit"
         ):
-            factors, fits, update = module.lora_A, _lora_fits, _add_lora
+            factors, outer, fits = module.lora_A, module.lora_B, _lora_fits
         else:
             return None
         weight_of = _weight_of(module.base_layer)
-        return None if weight_of is None else cls(module, factors, weight_of, fits, update)
+        return None if weight_of is None else cls(module, factors, weight_of, outer, fits)
 
     def adapter(self) -> str | None:
         """The only active adapter's name; None where the layer's own forward is to run."""
@@ -169,23 +262,51 @@ def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
         return None
     kind = autocast_type(x.device) or x.dtype
     bases = []
-    for layer in layers:
+    for layer, name in zip(layers, names, strict=True):
         # Last of what is asked: some make it anew.
         weight = layer.weight_of(kind)
         if weight is None or weight.device != x.device:
             return None
         bias = layer.module.base_layer.bias
-        bases.append((layer.weight_of, weight, None if bias is None else bias.to(kind)))
-    x = x.to(kind)
+        scaling = layer.module.scaling[name]
+        bases.append(_Base(layer.weight_of, weight, None if bias is None else bias.to(kind), scaling))
+    if x.dtype != kind:
+        x = x.to(kind)
     remade, kept = marked(x)
     # Detached: gradients go through x alone.
     kept = tuple(tensor.detach() for tensor in kept)
     factors = [layer.factors[name].weight for layer, name in zip(layers, names, strict=True)]
+    outer = [layer.outer[name].weight for layer, name in zip(layers, names, strict=True)]
+    shape, flat = x.shape[:-1], x.flatten(0, -2)
+    gradient = joint = None
+    if isinstance(layers[0].module, QueryableLinear):
+        routes = [layer.module.formed_route(name) for layer, name in zip(layers, names, strict=True)]
+        route = routes[0]
+        there = route is not None and route.device == x.device and route.shape[:-2] == shape
+        if route is None or not (there and route.requires_grad and all(other is route for other in routes)):
+            return _routed_one_by_one(layers, names, bases, remade, x, factors, kept)
+        gradient, joint = OperatorGradient.of(route)
+    made = _AdaptedLayers.apply(flat, bases, remade, gradient, joint, *factors, *outer, *kept)
+    return [result.unflatten(0, shape) for result in made] if len(shape) > 1 else list(made)
+
+
+def _routed_one_by_one(
+    layers: Sequence[_Adapted],
+    names: Sequence[str],
+    bases: Sequence[_Base],
+    remade: Remade | None,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+) -> list[Tensor]:
+    """The outputs of layers of a memory whose route is not there yet, or not as they need it."""
     made = _BasesAndStates.apply(x.flatten(0, -2), bases, remade, *factors, *kept)
     results, states = made[: len(layers)], made[len(layers) :]
     outputs = []
-    for layer, name, result, state in zip(layers, names, results, states, strict=True):
-        updated = layer.update(layer.module, name, x, result, state.unflatten(0, x.shape[:-1]))
+    for layer, name, base, result, state in zip(layers, names, bases, results, states, strict=True):
+        z = state.unflatten(0, x.shape[:-1])
+        routed = layer.module.routed(name, x, z)
+        updated = add_update(result, z, routed, layer.outer[name].weight, base.scaling)
         outputs.append(updated.unflatten(0, x.shape[:-1]))
     return outputs
 
@@ -237,18 +358,8 @@ def _lora_fits(layer: Any, name: str) -> bool:
     return not drops and not other
 
 
-def _add_lora(layer: Any, name: str, x: Tensor, result: Tensor, state: Tensor) -> Tensor:
-    updated: Tensor = _AddLowRank.apply(result, state.flatten(0, -2), layer.lora_B[name].weight, layer.scaling[name])
-    return updated
-
-
 def _queryable_fits(layer: Any, name: str) -> bool:
     return not (layer.dropout[name] and layer.training)
-
-
-def _add_routed(layer: Any, name: str, x: Tensor, result: Tensor, state: Tensor) -> Tensor:
-    routed = layer.routed(name, x, state)
-    return add_update(result, state, routed, layer.queryable_B[name].weight, layer.scaling[name])
 
 
 def _weight_of(base: Any) -> WeightOf | None:
