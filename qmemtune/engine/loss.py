@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qmemtune.adapters.queryable import has_means
 from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import shifted_targets
 from qmemtune.engine.compiling import compiled as compile_decoder
@@ -30,6 +31,10 @@ BUFFER_BYTES = 48 * 2**20
 cache, enough to make the products with the head's weight, which is read anew for each chunk, worth it."""
 GPU_BUFFER_BYTES = 256 * 2**20
 """The same on a GPU, in the type of the hidden states: a thousand rows of Llama 3's 128,256 words, in bfloat16."""
+
+
+MEASURING_PASSES = 2
+"""Training passes after which a memory knows the means of its inputs: one measures them, the next finds them there."""
 
 
 LossOf = Callable[[Tensor, Tensor, int], Tensor]
@@ -195,6 +200,8 @@ class LabelledLoss:
         self.auxiliary = auxiliary
         self.transform = find_transform(self.lm)
         self.compiled = compile_decoder(decoder_of(self.lm)) if compiled else None
+        self._measuring = MEASURING_PASSES if has_means(model) else 0
+        """Passes to come in which a memory measures its inputs."""
 
     @property
     def full_logits(self) -> bool:
@@ -231,7 +238,11 @@ class LabelledLoss:
     def _from_hidden(self, inputs: dict[str, Any], labelled: Tensor, targets: Tensor) -> Tensor:
         head, transform = self.lm.get_output_embeddings(), self.transform  # type: ignore[operator]
         assert transform is not None
-        decoder = self.compiled if self.compiled is not None and torch.is_grad_enabled() else decoder_of(self.lm)
+        decoder: Callable[..., Any] = decoder_of(self.lm)
+        if self.compiled is not None and torch.is_grad_enabled():
+            # What a graph cannot hold would keep the decoder from being compiled for good.
+            decoder = self.compiled if self._measuring == 0 else decoder
+            self._measuring = max(self._measuring - 1, 0)
         # Looked up before the decoder runs: how many there are is waited for, on a GPU with all that runs until then.
         places = labelled.nonzero(as_tuple=True)
         hidden, targets = decoder(**inputs)[0][places], targets[places]

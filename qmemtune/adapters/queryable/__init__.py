@@ -9,7 +9,7 @@ Example:
 from qmemtune.adapters.queryable.config import QueryableMemoryConfig
 from qmemtune.adapters.queryable.fixed import FixedWeights, fixed_weights
 from qmemtune.adapters.queryable.layer import QueryableLinear
-from qmemtune.adapters.queryable.memory import QueryableMemory, memory_of
+from qmemtune.adapters.queryable.memory import QueryableMemory, has_means, memory_of
 from qmemtune.adapters.queryable.model import QueryableMemoryModel
 from qmemtune.adapters.queryable.registration import QUERYABLE, register
 
@@ -23,5 +23,6 @@ __all__ = [
     "QueryableMemoryConfig",
     "QueryableMemoryModel",
     "fixed_weights",
+    "has_means",
     "memory_of",
 ]

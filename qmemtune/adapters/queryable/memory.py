@@ -258,3 +258,9 @@ def memory_of(model: nn.Module) -> QueryableMemory | None:
         if isinstance(module, QueryableMemory):
             return module
     return None
+
+
+def has_means(model: nn.Module) -> bool:
+    """Whether the first training passes of a model measure the inputs of a memory's blocks."""
+    memory = memory_of(model)
+    return memory is not None and len(memory.queryable_input) > 0
