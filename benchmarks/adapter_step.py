@@ -4,8 +4,8 @@ Three contestants on the same base, batch, rank and targets, interleaved in one 
 it, and, as the training engine runs them (`trainer.fused_layers`), LoRA and the memory. A step is forward,
 backward and AdamW update with the training engine's own loss, in the type that the machine is fast in (`--dtype`); a
 decoded token is one `generate` step with a KV cache, unmerged. Ratios are within a round, median with quartiles. Peak
-memory is measured in a process of its own for each: the highest resident size during three steps above that before the
-first (on a GPU, allocated memory).
+memory is what three steps take at most above what there was before the first: of a GPU what torch allocated, on a CPU
+the resident size of a process of its own for each.
 
     python benchmarks/adapter_step.py                                        SmolLM2-135M, the batches of the README
     python benchmarks/adapter_step.py --base llama3_2_1b --batch 2x2048 --compile      on a GPU, random weights
@@ -49,8 +49,6 @@ KINDS: dict[str, tuple[type[AdapterConfig], bool]] = {
     "memory": (QueryableConfig, True),
 }
 """Contestant -> its adapter's options, and whether its layers are fused."""
-OTHERS = ("PEFT LoRA", "LoRA")
-"""What the memory is compared with."""
 
 
 class Contestant:
@@ -154,17 +152,23 @@ def measure_memory(args: argparse.Namespace) -> float:
     with contestant.ready():
         contestant.step(1, 8)
         gc.collect()
-        if contestant.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            for _ in range(3):
-                contestant.step(batch, length)
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = status_mib("VmRSS")
         for _ in range(3):
             contestant.step(batch, length)
         return status_mib("VmHWM") - before
+
+
+def peak_gpu_mib(contestant: Contestant, batch: int, length: int) -> float:
+    """MiB of the GPU that three steps add at their peak; others' models, which are there, do not count."""
+    with contestant.ready():
+        contestant.step(batch, length)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            contestant.step(batch, length)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def status_mib(field: str) -> float:
@@ -203,18 +207,27 @@ def main() -> None:
     name_of = {"bfloat16": "bf16", "float32": "fp32"}[args.dtype]
     steps: list[list[str]] = []
     decoding: list[list[str]] = []
+    on_gpu = pick_device().type == "cuda"
+    # A compiler takes the place of fused layers: the two LoRAs are one then.
+    kinds = [kind for kind in KINDS if not (args.compile and kind == "LoRA")]
+    others = kinds[:-1]
+    peaks: list[dict[str, float]] = []
     for quantization in args.quantization:
-        contestants = [Contestant(kind, args, quantization) for kind in KINDS]
+        contestants = [Contestant(kind, args, quantization) for kind in kinds]
         compare(contestants, name_of if quantization == "none" else f"{quantization}, {name_of}", args, steps, decoding)
+        if on_gpu and not args.no_memory:
+            for text in args.batch:
+                measured = [peak_gpu_mib(one, *sizes(text)) for one in contestants]
+                peaks.append(dict(zip(kinds, measured, strict=True)))
         del contestants
         gc.collect()
-    if not args.no_memory:
-        for line, (quantization, text) in zip(
-            steps, ((q, t) for q in args.quantization for t in args.batch), strict=True
-        ):
-            peaks = {kind: peak_mib(kind, args, quantization, *sizes(text)) for kind in KINDS}
-            line += [f"{peak:,.0f}" for peak in peaks.values()]
-            line += [f"{peaks['memory'] / peaks[other]:.3f}" for other in OTHERS]
+    if not on_gpu and not args.no_memory:
+        for quantization in args.quantization:
+            for text in args.batch:
+                peaks.append({kind: peak_mib(kind, args, quantization, *sizes(text)) for kind in kinds})
+    for line, found in zip(steps, peaks, strict=False):
+        line += [f"{peak:,.0f}" for peak in found.values()]
+        line += [f"{found['memory'] / found[other]:.3f}" for other in others]
 
     threads = f"{torch.get_num_threads()} threads"
     load = f"load average at the end {os.getloadavg()[0]:.1f}"
@@ -224,10 +237,10 @@ def main() -> None:
     head = (
         f"`benchmarks/adapter_step.py`, r={args.rank}, all linear layers, {args.rounds} rounds, {threads}, {load}.\n\n"
     )
-    ratios = [f"memory / {other}" for other in OTHERS]
-    columns = ["base", "batch", *(f"{kind} step (s)" for kind in KINDS), *ratios]
+    ratios = [f"memory / {other}" for other in others]
+    columns = ["base", "batch", *(f"{kind} step (s)" for kind in kinds), *ratios]
     if not args.no_memory:
-        columns += [*(f"{kind} peak (MiB)" for kind in KINDS), *ratios]
+        columns += [*(f"{kind} peak (MiB)" for kind in kinds), *ratios]
     text = head + table(columns, steps)
     if decoding:
         columns = ["base", "rows", "PEFT LoRA tokens/s", "memory tokens/s", ratios[0]]

@@ -74,7 +74,12 @@ def run(name: str, quantization: str, args: argparse.Namespace, base: str, seed:
         found = last_json(command)
     names = ("tokens_per_s", "step_s_median", "first_step_done_s")
     peak = found["peak_rss_mib"] if found["peak_gpu_mib"] is None else found["peak_gpu_mib"]
-    return {**{k: float(found[k]) for k in names}, "peak_mib": float(peak), "eval_loss": float(found["eval"]["loss"])}
+    others = {
+        "peak_mib": peak,
+        "eval_loss": found["eval"]["loss"],
+        "estimate_mib": found["memory_estimate"]["total_mib"],
+    }
+    return {**{k: float(found[k]) for k in names}, **{k: float(v) for k, v in others.items()}}
 
 
 def joined(path: str, tokens: int, folder: Path) -> str:

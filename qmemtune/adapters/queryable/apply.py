@@ -180,7 +180,7 @@ class _AddUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, routed, weight, state = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_z = grad_routed = grad_weight = grad_joint = None
+        grad_z = grad_routed = grad_weight = None
         with no_autocast(grad.device):
             if ctx.needs_input_grad[3]:
                 grad_weight = (state.flatten(0, -2).t() @ flat).t().to(ctx.weight_dtype) * ctx.scaling
@@ -192,8 +192,8 @@ class _AddUpdate(torch.autograd.Function):
                     grad_routed = inner.unsqueeze(-1) * z.to(routed.dtype).unsqueeze(-2)
                 if ctx.needs_input_grad[6]:
                     ctx.gradient.leave(inner, z)
-                    grad_joint = inner.new_zeros(())
-        return grad, grad_z, grad_routed, grad_weight, None, None, grad_joint
+        # What takes the gradient that was left is reached through the joint without a number.
+        return grad, grad_z, grad_routed, grad_weight, None, None, None
 
 
 def add_update(result: Tensor, z: Tensor, routed: Tensor, weight: Tensor, scaling: float) -> Tensor:

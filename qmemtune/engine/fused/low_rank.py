@@ -69,7 +69,7 @@ class _BasesAndStates(torch.autograd.Function):
         ctx.save_for_backward(cast, *_kept(ctx, x, remade, kept, _BasesAndStates.PLACE, len(bases)))
         ctx.weights_of, ctx.remade = [base.weight_of for base in bases], remade
         ctx.factors = [(len(factor), factor.dtype) for factor in factors]
-        return *_products(x, bases), *_split(states, ctx.factors)
+        return *_products(x, bases, x.shape[:1]), *_split(states, ctx.factors)
 
     @staticmethod
     @once_differentiable
@@ -85,12 +85,11 @@ class _BasesAndStates(torch.autograd.Function):
 class _AdaptedLayers(torch.autograd.Function):
     """``W x + bias + scaling * B (C A x)`` of layers at one input, as one node; C is the identity without a route.
 
-    Of the tensors that are there already, the updates and the gradients are added in place by the products that make
-    them.
+    Updates and gradients are added in place by the products that make them.
 
-    Shapes: x (N, I), factors A (R, I), then as many factors B (O, R); results (N, O). Routed operators C (N, R, R),
-    float32; their gradient goes through ``joint``, see :class:`OperatorGradient`. What follows the factors is what x
-    can be made of again.
+    Shapes: x (..., I), factors A (R, I), then as many factors B (O, R); results (..., O). Routed operators C
+    (..., R, R), float32; their gradient goes through ``joint``, see :class:`OperatorGradient`. What follows the factors
+    is what x can be made of again.
     """
 
     PLACE = 5
@@ -106,23 +105,21 @@ class _AdaptedLayers(torch.autograd.Function):
         *factors_and_kept: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(bases)
-        factors, outer, kept = (
-            factors_and_kept[:count],
-            factors_and_kept[count : 2 * count],
-            factors_and_kept[2 * count :],
-        )
+        factors, outer = factors_and_kept[:count], factors_and_kept[count : 2 * count]
+        # As they are, not as views that autograd knows: each of those is a node more in both passes.
+        flat, ctx.shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
         ctx.factors = [(len(factor), factor.dtype) for factor in factors]
-        states, cast = _states(x, factors)
+        states, cast = _states(flat, factors)
         inner = _split(states, ctx.factors)
         routed = None
         if gradient is not None:
             routed = gradient.routed.flatten(0, -3)
             inner = [through_route(routed, state) for state in inner]
         outer_cast = [factor.to(x.dtype) for factor in outer]
-        results = _products(x, bases)
+        results = _products(flat, bases, ctx.shape)
         for result, base, state, factor in zip(results, bases, inner, outer_cast, strict=True):
-            result.addmm_(state, factor.t(), alpha=base.scaling)
-        kept = _kept(ctx, x, remade, kept, _AdaptedLayers.PLACE, 2 * count)
+            result.view(len(flat), -1).addmm_(state, factor.t(), alpha=base.scaling)
+        kept = _kept(ctx, flat, remade, factors_and_kept[2 * count :], _AdaptedLayers.PLACE, count)
         # Without a route what passes through B are the states themselves.
         ctx.save_for_backward(cast, states, *outer_cast, *(inner if gradient is not None else ()), *kept)
         ctx.weights_of, ctx.scalings = [base.weight_of for base in bases], [base.scaling for base in bases]
@@ -141,10 +138,11 @@ class _AdaptedLayers(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grad_outer: list[Tensor | None] = [None] * count
         grad_inner = []
+        grads = tuple(grad.reshape(-1, grad.shape[-1]) for grad in grads)
         for i, (grad, factor, state, scaling) in enumerate(zip(grads, outer, inner, ctx.scalings, strict=True)):
             if wanted[place + count + i]:
                 grad_outer[i] = product(state.t(), grad, ctx.outer_type).t().mul_(scaling)
-            grad_inner.append((grad @ factor).mul_(scaling))
+            grad_inner.append(scaled_product(grad, factor, scaling))
         if ctx.gradient is not None:
             if wanted[4]:
                 for part, state in zip(grad_inner, parts, strict=True):
@@ -153,9 +151,11 @@ class _AdaptedLayers(torch.autograd.Function):
         grad_states = torch.cat(grad_inner, dim=1) if count > 1 else grad_inner[0]
         grad_x = _input_gradient(ctx, grads, grad_states, cast) if wanted[0] else None
         grad_factors = _factor_gradients(ctx, grad_states, kept, place)
-        grad_joint = cast.new_zeros((), dtype=torch.float32) if wanted[4] else None
+        if grad_x is not None:
+            grad_x = grad_x.view(*ctx.shape, grad_x.shape[-1])
         others = [None] * (len(kept) if ctx.remade else 0)
-        return grad_x, None, None, None, grad_joint, *grad_factors, *grad_outer, *others
+        # Behind the joint is what takes the gradient that was left: it is reached without a number of its own.
+        return grad_x, None, None, None, None, *grad_factors, *grad_outer, *others
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,6 +163,13 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.is_cuda and left.dtype != dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``scaling * left @ right``; one kernel on a GPU."""
+    if left.is_cuda:
+        return torch.addmm(left.new_empty(right.shape[1]), left, right, beta=0, alpha=scaling)
+    return (left @ right).mul_(scaling)
 
 
 def _states(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,14 +194,17 @@ def _kept(
     return kept
 
 
-def _products(x: Tensor, bases: Sequence[_Base]) -> list[Tensor]:
+def _products(x: Tensor, bases: Sequence[_Base], shape: Sequence[int]) -> list[Tensor]:
+    """The base layers' own results for x (N, I), each (..., O) with these leading dimensions."""
     results = []
     for base in bases:
-        result = empty(x, (len(x), len(base.weight)), x.dtype, HANDED_ON)
+        # No view of two dimensions: a model may change a layer's result, and not one that is a view made in here.
+        result = empty(x, (*shape, len(base.weight)), x.dtype, HANDED_ON)
+        flat = result.view(len(x), -1)
         if base.bias is None:
-            torch.mm(x, base.weight.t(), out=result)
+            torch.mm(x, base.weight.t(), out=flat)
         else:
-            torch.addmm(base.bias, x, base.weight.t(), out=result)
+            torch.addmm(base.bias, x, base.weight.t(), out=flat)
         results.append(result)
     return results
 
@@ -277,17 +287,15 @@ def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
     kept = tuple(tensor.detach() for tensor in kept)
     factors = [layer.factors[name].weight for layer, name in zip(layers, names, strict=True)]
     outer = [layer.outer[name].weight for layer, name in zip(layers, names, strict=True)]
-    shape, flat = x.shape[:-1], x.flatten(0, -2)
     gradient = joint = None
     if isinstance(layers[0].module, QueryableLinear):
         routes = [layer.module.formed_route(name) for layer, name in zip(layers, names, strict=True)]
         route = routes[0]
-        there = route is not None and route.device == x.device and route.shape[:-2] == shape
+        there = route is not None and route.device == x.device and route.shape[:-2] == x.shape[:-1]
         if route is None or not (there and route.requires_grad and all(other is route for other in routes)):
             return _routed_one_by_one(layers, names, bases, remade, x, factors, kept)
         gradient, joint = OperatorGradient.of(route)
-    made = _AdaptedLayers.apply(flat, bases, remade, gradient, joint, *factors, *outer, *kept)
-    return [result.unflatten(0, shape) for result in made] if len(shape) > 1 else list(made)
+    return list(_AdaptedLayers.apply(x, bases, remade, gradient, joint, *factors, *outer, *kept))
 
 
 def _routed_one_by_one(
