@@ -1,7 +1,7 @@
 """The peer of benchmarks/train.py: TRL's SFTTrainer with PEFT LoRA on the CPU or one GPU; prints one JSON line.
 
 The same base folder, rows, text, batch, rank, targets and schedule as ours. Real tokens are counted (padding is not),
-and the first two steps are left out of the speed, as ours leaves out its first.
+and the first two steps are left out of the speed, as in ours.
 """
 
 import time

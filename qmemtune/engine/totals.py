@@ -11,6 +11,9 @@ from statistics import median
 FILE = "totals.json"
 RECENT = 50
 """Losses that are remembered."""
+WARM_UP, ENOUGH = 2, 4
+"""So many first steps, which fill caches and compile kernels, are no measure of speed where there are more than so many
+in all."""
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Totals:
 
     run: Window = field(default_factory=Window)
     window: Window = field(default_factory=Window)
+    warm_up: Window = field(default_factory=Window)
+    """The first steps."""
     step_seconds: list[float] = field(default_factory=list)
     skipped_steps: int = 0
     """Steps that were left out because loss or gradient was no number."""
@@ -52,6 +57,8 @@ class Totals:
         """Add one optimizer step: its mean loss, real tokens over all processes, and seconds."""
         self.run.add(loss, tokens, seconds)
         self.window.add(loss, tokens, seconds)
+        if self.warm_up.steps < WARM_UP:
+            self.warm_up.add(loss, tokens, seconds)
         self.step_seconds.append(round(seconds, 6))
 
     def add_skipped(self, seconds: float) -> None:
@@ -75,13 +82,15 @@ class Totals:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Real tokens a second of training time."""
-        return self.run.tokens / self.run.seconds if self.run.seconds > 0 else None
+        """Real tokens a second of training time, behind the first steps where there are enough others."""
+        first = self.warm_up if self.run.steps > ENOUGH else Window()
+        seconds = self.run.seconds - first.seconds
+        return (self.run.tokens - first.tokens) / seconds if seconds > 0 else None
 
     @property
     def step_s_median(self) -> float | None:
-        """Median seconds of a step; the first two, which warm caches up, are left out when there are more than four."""
-        seconds = self.step_seconds[2:] if len(self.step_seconds) > 4 else self.step_seconds
+        """Median seconds of a step, of the first ones only where there are few others."""
+        seconds = self.step_seconds[WARM_UP:] if len(self.step_seconds) > ENOUGH else self.step_seconds
         return median(seconds) if seconds else None
 
     def save(self, folder: Path) -> None:
@@ -92,8 +101,8 @@ class Totals:
     def load(cls, folder: Path) -> Totals:
         """Read from a checkpoint folder."""
         stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        stored["run"], stored["window"] = Window(**stored["run"]), Window(**stored["window"])
-        return cls(**stored)
+        windows = {name: Window(**stored.pop(name, {})) for name in ("run", "window", "warm_up")}
+        return cls(**windows, **stored)
 
 
 class Stopwatch:
