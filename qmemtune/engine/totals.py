@@ -101,8 +101,9 @@ class Totals:
     def load(cls, folder: Path) -> Totals:
         """Read from a checkpoint folder."""
         stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        windows = {name: Window(**stored.pop(name, {})) for name in ("run", "window", "warm_up")}
-        return cls(**windows, **stored)
+        for name in ("run", "window", "warm_up"):
+            stored[name] = Window(**stored.get(name, {}))
+        return cls(**stored)
 
 
 class Stopwatch:
