@@ -17,6 +17,7 @@ from torch import nn
 from qmemtune.engine.fused.low_rank import low_rank_forward
 from qmemtune.engine.fused.mlp import gated_forward
 from qmemtune.engine.fused.norm import norm_forward
+from qmemtune.engine.fused.projections import projection_forwards
 from qmemtune.engine.fused.rotary import fused_rotary
 
 
@@ -33,6 +34,9 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if "forward" in module.__dict__:
             continue
+        for projection, forward in projection_forwards(module).items():
+            projection.forward = forward
+            fused.append(projection)
         made = low_rank_forward(module) or norm_forward(module) or gated_forward(module)
         if made is not None:
             module.forward = made

@@ -230,7 +230,7 @@ def _factor_gradients(ctx: Any, grad_states: Tensor, kept: Sequence[Tensor], pla
 
 
 @dataclass(frozen=True)
-class _Adapted:
+class Adapted:
     """An adapted layer with a fused form."""
 
     module: Any
@@ -243,7 +243,7 @@ class _Adapted:
     """Whether an adapter of this name does nothing that the fused form does not."""
 
     @classmethod
-    def of(cls, module: Any) -> _Adapted | None:
+    def of(cls, module: Any) -> Adapted | None:
         if isinstance(module, QueryableLinear):
             factors, outer, fits = module.queryable_A, module.queryable_B, _queryable_fits
         elif isinstance(module, LoraLayer) and (
@@ -255,6 +255,12 @@ class _Adapted:
         weight_of = _weight_of(module.base_layer)
         return None if weight_of is None else cls(module, factors, weight_of, outer, fits)
 
+    @property
+    def inputs(self) -> int:
+        """Features of the layer's input."""
+        features: int = self.module.in_features
+        return features
+
     def adapter(self) -> str | None:
         """The only active adapter's name; None where the layer's own forward is to run."""
         if self.module.disable_adapters or self.module.merged:
@@ -263,7 +269,7 @@ class _Adapted:
         return names[0] if len(names) == 1 and self.fits(self.module, names[0]) else None
 
 
-def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
+def together(layers: Sequence[Adapted], x: Tensor) -> list[Tensor] | None:
     """The outputs of layers at one input; None unless this is an ordinary training pass of each."""
     if not (torch.is_grad_enabled() and x.device.type in FUSED and x.is_floating_point() and x.dim() > 1):
         return None
@@ -299,7 +305,7 @@ def _together(layers: Sequence[_Adapted], x: Tensor) -> list[Tensor] | None:
 
 
 def _routed_one_by_one(
-    layers: Sequence[_Adapted],
+    layers: Sequence[Adapted],
     names: Sequence[str],
     bases: Sequence[_Base],
     remade: Remade | None,
@@ -325,13 +331,13 @@ def low_rank_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     Calls that are not an ordinary training pass (no gradient, dropout, several adapters, a switched-off or merged one)
     go through the layer's own forward.
     """
-    layer = _Adapted.of(module)
+    layer = Adapted.of(module)
     if layer is None:
         return None
     plain = module.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        outputs = None if args or kwargs else _together([layer], x)
+        outputs = None if args or kwargs else together([layer], x)
         own: Tensor = plain(x, *args, **kwargs) if outputs is None else outputs[0]
         return own
 
@@ -340,12 +346,12 @@ def low_rank_forward(module: nn.Module) -> Callable[..., Tensor] | None:
 
 def at_one_input(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """A call of several layers with the same input, which goes through one node where all of them have a fused form."""
-    found = [None if "forward" in module.__dict__ else _Adapted.of(module) for module in modules]
+    found = [None if "forward" in module.__dict__ else Adapted.of(module) for module in modules]
     layers = [layer for layer in found if layer is not None]
 
     def call(x: Tensor) -> Sequence[Tensor]:
         if len(layers) == len(modules) and not any(map(_has_hooks, modules)):
-            outputs = _together(layers, x)
+            outputs = together(layers, x)
             if outputs is not None:
                 return outputs
         return [module(x) for module in modules]
