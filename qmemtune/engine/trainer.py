@@ -27,6 +27,7 @@ from qmemtune.engine.evaluations import Evaluations
 from qmemtune.engine.fused import fused_layers
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.parts import Parts
+from qmemtune.engine.preflight import is_sharded
 from qmemtune.engine.prior_schedule import PriorSchedule
 from qmemtune.engine.resume import apply_settings, settings_of
 from qmemtune.engine.rhythm import Rhythm
@@ -38,6 +39,10 @@ from qmemtune.engine.tracking import guard_backends
 from qmemtune.engine.walks import replaced, without_walks
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import training_attention
+
+
+def _nothing() -> None:
+    pass
 
 
 class RunTrainer(Trainer):
@@ -85,14 +90,18 @@ class RunTrainer(Trainer):
         """Seconds from the start of the process to the end of its first step; None before it."""
         self._trained: list[nn.Parameter] = []
         """What has gradients; empty where the model is not in one piece here."""
-        self._ahead: tuple[Iterator[Any], list[Any]] | None = None
-        """Batches of the next step, and where they were taken from."""
-        self._take_ahead: Callable[[], None] = lambda: None
+        self._ahead: tuple[Iterator[Any], list[Any] | Exception] | None = None
+        """Where the batches of the next step were taken from, and they, or why there are none."""
+        self._take_ahead: Callable[[], None] = _nothing
         self._in_training = ExitStack()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self._fast_kernels(), self._in_training:
-            return super().train(*args, **kwargs)
+        try:
+            with self._fast_kernels(), self._in_training:
+                return super().train(*args, **kwargs)
+        finally:
+            # Whoever reads rows ahead ends here.
+            self._ahead, self._take_ahead = None, _nothing
 
     def only_finish(self, checkpoint: Checkpoint) -> None:
         """Do what comes after the last step, from a checkpoint of that step."""
@@ -107,8 +116,9 @@ class RunTrainer(Trainer):
         """Attention and fused layers compute in faster ways meanwhile."""
         config = self.parts.config
         attention = training_attention() if has_training_attention(config) else nullcontext()
-        fused = fused_layers(self.model) if has_fused_layers(config) else nullcontext()
-        with attention, fused:
+        # Fused layers read weights that a sharded model holds only while it calls the layers themselves.
+        fused = has_fused_layers(config) and not is_sharded(self.args)
+        with attention, fused_layers(self.model) if fused else nullcontext():
             yield
 
     # Rows and order
@@ -130,14 +140,24 @@ class RunTrainer(Trainer):
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is epoch_iterator:
             batches = ahead[1]
+            if isinstance(batches, Exception):
+                raise batches
         else:
             batches = list(islice(epoch_iterator, num_batches))
         self._take_ahead = partial(self._prepare, epoch_iterator, num_batches)
         return batches, self.step_numbers.begin(batches)
 
+    def _waits_for_a_device(self) -> bool:
+        return self.args.device.type == "cuda"
+
     def _prepare(self, epoch_iterator: Iterator[Any], num_batches: int) -> None:
         """Take the batches of the next step; an epoch's last step has those that are left."""
-        self._ahead = epoch_iterator, list(islice(epoch_iterator, num_batches))
+        if self.state.global_step + 1 >= self.state.max_steps:
+            return
+        try:
+            self._ahead = epoch_iterator, list(islice(epoch_iterator, num_batches))
+        except Exception as error:  # noqa: BLE001 - it is raised where the batches are asked for, behind this step
+            self._ahead = epoch_iterator, error
 
     # Loss and optimizer
 
@@ -193,7 +213,7 @@ class RunTrainer(Trainer):
 
     def check_step(self) -> None:
         """Take the step's mean loss over all processes; leave the step out if loss or gradient is no number."""
-        if self.args.device.type == "cuda":
+        if self._waits_for_a_device():
             # All of this step is under way there, and its numbers will be waited for.
             self._take_ahead()
         numbers = self.step_numbers.means()

@@ -325,3 +325,38 @@ def test_two_backward_passes_through_one_graph() -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.equal(parameter.grad, once[name]), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "queryable"])
+def test_a_layer_without_tokens(kind: str) -> None:
+    # An expert that no token was sent to.
+    model = adapted("llama", kind)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn.o_proj"))
+    with fused_layers(model):
+        if kind == "lora":
+            found = layer(torch.zeros(0, 4, 64, requires_grad=True))
+            found.sum().backward()
+            assert found.shape == (0, 4, 64)
+        ids = torch.zeros(0, 4, dtype=torch.long)
+        assert model.get_input_embeddings()(ids).shape == (0, 4, 64)
+
+
+def test_one_route_a_row_is_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = low_rank.through_route
+    monkeypatch.setattr(
+        low_rank, "through_route", lambda routed, z: (made.append(routed.data_ptr()), real(routed, z))[1]
+    )
+    model = adapted("llama", "queryable", granularity="row")
+    with fused_layers(model), model.base_model.model.adapter_memory.prompted(torch.ones(3, 12, dtype=torch.bool)):
+        model(**batch(), use_cache=False).logits.sum().backward()
+    assert len(made) > 2
+    assert len(set(made)) == BASES["llama"].num_hidden_layers
+
+
+def test_a_route_is_float32_under_autocast() -> None:
+    routed = torch.eye(4) + torch.randn(9, 4, 4, generator=torch.Generator().manual_seed(0)) * 1e-3
+    z = torch.ones(9, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = low_rank.through_route(routed, z)
+    torch.testing.assert_close(found, routed.sum(-1))

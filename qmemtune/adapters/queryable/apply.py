@@ -50,19 +50,21 @@ def _kernels() -> ModuleType | None:
 
 
 def through_route(routed: Tensor, z: Tensor) -> Tensor:
-    """``C z`` of tokens in a row, without gradient. Shapes: routed (N, R, R) float32, z (N, R); result as z."""
+    """``C z`` of each token, without gradient. Shapes: routed (N, R, R), float32, contiguous; z and result (N, R)."""
     if z.is_cuda and (kernels := _kernels()) is not None:
-        result: Tensor = kernels.routed(routed.contiguous(), z)
+        result: Tensor = kernels.routed(routed, z)
         return result
-    return routed_product(routed, z.to(routed.dtype)).to(z.dtype)
+    with no_autocast(z.device):
+        return routed_product(routed, z.to(routed.dtype)).to(z.dtype)
 
 
 def back_through_route(routed: Tensor, grad: Tensor) -> Tensor:
     """``C^T g``. Shapes as :func:`through_route`."""
     if grad.is_cuda and (kernels := _kernels()) is not None:
-        result: Tensor = kernels.routed(routed.contiguous(), grad, transposed=True)
+        result: Tensor = kernels.routed(routed, grad, transposed=True)
         return result
-    return _transposed_product(routed, grad.to(routed.dtype)).to(grad.dtype)
+    with no_autocast(grad.device):
+        return _transposed_product(routed, grad.to(routed.dtype)).to(grad.dtype)
 
 
 class _ApplyOperator(torch.autograd.Function):
@@ -101,6 +103,7 @@ class OperatorGradient:
 
     def __init__(self, routed: Tensor) -> None:
         self.routed = routed.detach()
+        self._flat: Tensor | None = None
         self._run = -1
         self._left: list[tuple[Tensor, Tensor]] = []
 
@@ -116,11 +119,19 @@ class OperatorGradient:
             setattr(routed, cls.NAME, found)
         return found
 
+    @property
+    def flat(self) -> Tensor:
+        """C of each token, (N, R, R), contiguous; of one route a row a copy, the same for all layers."""
+        if self._flat is None:
+            rank = self.routed.shape[-1]
+            self._flat = self.routed.reshape(self.routed.shape[:-2].numel(), rank, rank).contiguous()
+        return self._flat
+
     def leave(self, grad: Tensor, z: Tensor) -> None:
         """A layer's factors, (..., R) each."""
         self._forget_other_runs()
-        rank = z.shape[-1]
-        self._left.append((grad.to(z.dtype).reshape(-1, rank), z.reshape(-1, rank)))
+        flat = (self.routed.shape[:-2].numel(), z.shape[-1])
+        self._left.append((grad.to(z.dtype).reshape(flat), z.reshape(flat)))
 
     def _forget_other_runs(self) -> None:
         # A backward pass that was asked for some gradients only, or was cut off, takes nothing of what it left.

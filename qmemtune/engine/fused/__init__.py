@@ -17,7 +17,7 @@ from torch import nn
 from qmemtune.engine.fused.low_rank import low_rank_forward
 from qmemtune.engine.fused.mlp import gated_forward
 from qmemtune.engine.fused.norm import norm_forward
-from qmemtune.engine.fused.projections import projection_forwards
+from qmemtune.engine.fused.projections import Projections, fused_projections
 from qmemtune.engine.fused.rotary import fused_rotary
 
 
@@ -30,13 +30,14 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
     Args:
         model: an adapted model; its base is frozen.
     """
-    fused = []
+    fused: list[nn.Module] = []
+    projections: list[Projections] = []
     for module in model.modules():
         if "forward" in module.__dict__:
             continue
-        for projection, forward in projection_forwards(module).items():
-            projection.forward = forward
-            fused.append(projection)
+        taken = fused_projections(module)
+        if taken is not None:
+            projections.append(taken)
         made = low_rank_forward(module) or norm_forward(module) or gated_forward(module)
         if made is not None:
             module.forward = made
@@ -45,5 +46,7 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
         with fused_rotary(model):
             yield
     finally:
+        for taken in projections:
+            taken.remove()
         for module in fused:
             del module.forward

@@ -135,7 +135,8 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     target = tl.load(targets + row)
-    own = tl.load(line + target).to(tl.float32)
+    # A target that is no word makes a loss that is no number.
+    own = tl.load(line + target, mask=(target >= 0) & (target < words), other=float("nan")).to(tl.float32)
     highest = float("-inf")
     total = 0.0
     for start in range(0, words, BLOCK):
@@ -234,7 +235,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: each row's words lie together.
-        targets: (N,), each below V.
+        targets: (N,); the loss of one that is not below V is NaN.
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     block = min(WORDS, triton.next_power_of_2(logits.shape[1]))

@@ -107,18 +107,18 @@ class _AdaptedLayers(torch.autograd.Function):
         count = len(bases)
         factors, outer = factors_and_kept[:count], factors_and_kept[count : 2 * count]
         # As they are, not as views that autograd knows: each of those is a node more in both passes.
-        flat, ctx.shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        flat, ctx.shape = x.reshape(x.shape[:-1].numel(), x.shape[-1]), x.shape[:-1]
         ctx.factors = [(len(factor), factor.dtype) for factor in factors]
         states, cast = _states(flat, factors)
         inner = _split(states, ctx.factors)
         routed = None
         if gradient is not None:
-            routed = gradient.routed.flatten(0, -3)
+            routed = gradient.flat
             inner = [through_route(routed, state) for state in inner]
         outer_cast = [factor.to(x.dtype) for factor in outer]
         results = _products(flat, bases, ctx.shape)
         for result, base, state, factor in zip(results, bases, inner, outer_cast, strict=True):
-            result.view(len(flat), -1).addmm_(state, factor.t(), alpha=base.scaling)
+            result.view(len(flat), len(factor)).addmm_(state, factor.t(), alpha=base.scaling)
         kept = _kept(ctx, flat, remade, factors_and_kept[2 * count :], _AdaptedLayers.PLACE, count)
         # Without a route what passes through B are the states themselves.
         ctx.save_for_backward(cast, states, *outer_cast, *(inner if gradient is not None else ()), *kept)
@@ -138,7 +138,7 @@ class _AdaptedLayers(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grad_outer: list[Tensor | None] = [None] * count
         grad_inner = []
-        grads = tuple(grad.reshape(-1, grad.shape[-1]) for grad in grads)
+        grads = tuple(grad.reshape(len(states), len(factor)) for grad, factor in zip(grads, outer, strict=True))
         for i, (grad, factor, state, scaling) in enumerate(zip(grads, outer, inner, ctx.scalings, strict=True)):
             if wanted[place + count + i]:
                 grad_outer[i] = product(state.t(), grad, ctx.outer_type).t().mul_(scaling)
@@ -200,7 +200,7 @@ def _products(x: Tensor, bases: Sequence[_Base], shape: Sequence[int]) -> list[T
     for base in bases:
         # No view of two dimensions: a model may change a layer's result, and not one that is a view made in here.
         result = empty(x, (*shape, len(base.weight)), x.dtype, HANDED_ON)
-        flat = result.view(len(x), -1)
+        flat = result.view(len(x), len(base.weight))
         if base.bias is None:
             torch.mm(x, base.weight.t(), out=flat)
         else:
