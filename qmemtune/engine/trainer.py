@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qmemtune.adapters import parameter_groups
 from qmemtune.adapters.queryable.statistics import RouteUse
+from qmemtune.engine.ahead import BatchesAhead
 from qmemtune.engine.checkpoints import WRITING
 from qmemtune.engine.compiling import has_fused_layers, has_training_attention
 from qmemtune.engine.environment import seconds_since_start
@@ -39,10 +39,6 @@ from qmemtune.engine.tracking import guard_backends
 from qmemtune.engine.walks import replaced, without_walks
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import training_attention
-
-
-def _nothing() -> None:
-    pass
 
 
 class RunTrainer(Trainer):
@@ -90,9 +86,7 @@ class RunTrainer(Trainer):
         """Seconds from the start of the process to the end of its first step; None before it."""
         self._trained: list[nn.Parameter] = []
         """What has gradients; empty where the model is not in one piece here."""
-        self._ahead: tuple[Iterator[Any], list[Any] | Exception] | None = None
-        """Where the batches of the next step were taken from, and they, or why there are none."""
-        self._take_ahead: Callable[[], None] = _nothing
+        self._ahead = BatchesAhead()
         self._in_training = ExitStack()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,8 +94,7 @@ class RunTrainer(Trainer):
             with self._fast_kernels(), self._in_training:
                 return super().train(*args, **kwargs)
         finally:
-            # Whoever reads rows ahead ends here.
-            self._ahead, self._take_ahead = None, _nothing
+            self._ahead.end()
 
     def only_finish(self, checkpoint: Checkpoint) -> None:
         """Do what comes after the last step, from a checkpoint of that step."""
@@ -137,27 +130,8 @@ class RunTrainer(Trainer):
             return [], None
         self._stopwatch.start()
         self.router.begin(self.state.global_step + 1)
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is epoch_iterator:
-            batches = ahead[1]
-            if isinstance(batches, Exception):
-                raise batches
-        else:
-            batches = list(islice(epoch_iterator, num_batches))
-        self._take_ahead = partial(self._prepare, epoch_iterator, num_batches)
+        batches = self._ahead.take(epoch_iterator, num_batches)
         return batches, self.step_numbers.begin(batches)
-
-    def _waits_for_a_device(self) -> bool:
-        return self.args.device.type == "cuda"
-
-    def _prepare(self, epoch_iterator: Iterator[Any], num_batches: int) -> None:
-        """Take the batches of the next step; an epoch's last step has those that are left."""
-        if self.state.global_step + 1 >= self.state.max_steps:
-            return
-        try:
-            self._ahead = epoch_iterator, list(islice(epoch_iterator, num_batches))
-        except Exception as error:  # noqa: BLE001 - it is raised where the batches are asked for, behind this step
-            self._ahead = epoch_iterator, error
 
     # Loss and optimizer
 
@@ -213,9 +187,9 @@ class RunTrainer(Trainer):
 
     def check_step(self) -> None:
         """Take the step's mean loss over all processes; leave the step out if loss or gradient is no number."""
-        if self._waits_for_a_device():
+        if self._waits_for_a_device() and self.state.global_step + 1 < self.state.max_steps:
             # All of this step is under way there, and its numbers will be waited for.
-            self._take_ahead()
+            self._ahead.read()
         numbers = self.step_numbers.means()
         self._loss, step = numbers[0], self.state.global_step + 1
         if all(map(math.isfinite, numbers)):
@@ -236,6 +210,9 @@ class RunTrainer(Trainer):
                     fix="go on from the last checkpoint with a lower optimizer.learning_rate "
                     "(resume=auto resume.allow_changes=true)",
                 )
+
+    def _waits_for_a_device(self) -> bool:
+        return self.args.device.type == "cuda"
 
     def _overflow_is_expected(self) -> bool:
         """Whether the gradient of float16 training overflowed because the loss scale is still too high.
