@@ -73,9 +73,7 @@ def training_arguments(config: Config, *, device: torch.device, dtype: torch.dty
         adam_beta2=optimizer.betas[1],
         adam_epsilon=optimizer.eps,
         # One kernel for all parameters, where the plain form reads a number of each from the GPU's host.
-        optim=FUSED_OPTIMIZERS.get(optimizer.name, OPTIMIZERS[optimizer.name])
-        if device.type == "cuda"
-        else OPTIMIZERS[optimizer.name],
+        optim=(OPTIMIZERS | FUSED_OPTIMIZERS if device.type == "cuda" else OPTIMIZERS)[optimizer.name],
         lr_scheduler_type=optimizer.schedule,
         warmup_steps=optimizer.warmup_steps,
         bf16=dtype == torch.bfloat16,

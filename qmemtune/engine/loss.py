@@ -22,6 +22,7 @@ from qmemtune.data.rows import IGNORED
 from qmemtune.data.targets import shifted_targets
 from qmemtune.engine.compiling import compiled as compile_decoder
 from qmemtune.engine.fused.devices import kernels_for
+from qmemtune.engine.replacing import replaced
 from qmemtune.models.head import Transform, contiguous_input, decoder_of, find_transform, unchanged
 
 CHUNK = 1024
@@ -113,16 +114,14 @@ class PlainHeadLoss(torch.autograd.Function):
                 torch.addmm(bias_V, hidden, weight_VD.t(), out=raw)
             if kernels is not None:
                 losses_N[start:end] = kernels.cross_entropy_(raw, targets).neg_()
-                torch.mm(raw, weight_VD, out=gradient_ND[start:end])
-                start = end
-                continue
-            if raw is not logits:
-                logits.copy_(raw)
-            torch.log_softmax(logits, dim=-1, out=logits)
-            losses_N[start:end] = logits.gather(1, target)[:, 0]
-            logits.exp_().scatter_add_(1, target, logits.new_full((count, 1), -1.0))
-            if raw is not logits:
-                raw.copy_(logits)
+            else:
+                if raw is not logits:
+                    logits.copy_(raw)
+                torch.log_softmax(logits, dim=-1, out=logits)
+                losses_N[start:end] = logits.gather(1, target)[:, 0]
+                logits.exp_().scatter_add_(1, target, logits.new_full((count, 1), -1.0))
+                if raw is not logits:
+                    raw.copy_(logits)
             torch.mm(raw, weight_VD, out=gradient_ND[start:end])
             start = end
         ctx.save_for_backward(gradient_ND)
@@ -222,7 +221,7 @@ class LabelledLoss:
             term = self.auxiliary()
             return total, total.new_zeros(()) if term is None else term
 
-        with replaced_forward(self.lm, loss_sum), replaced_forward(self.tuner, with_auxiliary):
+        with replaced(self.lm, forward=loss_sum), replaced(self.tuner, forward=with_auxiliary):
             yield
 
     def _loss_sum(self, lm_forward: Callable[..., Any], labels: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -256,16 +255,3 @@ class LabelledLoss:
         if torch.is_grad_enabled() and not any(p.requires_grad for p in head.parameters()):
             return frozen_head_loss(hidden, targets, head, transform, self.loss_of)
         return summed_loss(hidden, targets, logits_of, self.loss_of)
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give one module another ``forward`` while the block runs."""
-    earlier = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if earlier is not None:
-            module.__dict__["forward"] = earlier

@@ -29,6 +29,7 @@ from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.parts import Parts
 from qmemtune.engine.preflight import is_sharded
 from qmemtune.engine.prior_schedule import PriorSchedule
+from qmemtune.engine.replacing import replaced
 from qmemtune.engine.resume import apply_settings, settings_of
 from qmemtune.engine.rhythm import Rhythm
 from qmemtune.engine.router_watch import RouterWatch, logged, scalars
@@ -36,7 +37,7 @@ from qmemtune.engine.saving import save_checkpoint, without_frozen_head
 from qmemtune.engine.step_numbers import StepNumbers
 from qmemtune.engine.totals import Stopwatch
 from qmemtune.engine.tracking import guard_backends
-from qmemtune.engine.walks import replaced, without_walks
+from qmemtune.engine.walks import without_walks
 from qmemtune.errors import Diverged
 from qmemtune.models.attention import training_attention
 
@@ -141,7 +142,7 @@ class RunTrainer(Trainer):
         if not self._trained and self.accelerator.distributed_type in whole:
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             model.train()
-            self._in_training.enter_context(without_walks(model))
+            self._in_training.enter_context(without_walks(model, self._trained))
         loss: Tensor = super().training_step(model, *args, **kwargs)
         return loss
 

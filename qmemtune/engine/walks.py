@@ -6,23 +6,24 @@ which a GPU waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
+from qmemtune.engine.replacing import replaced
+
 
 @contextmanager
-def without_walks(model: nn.Module) -> Iterator[None]:
+def without_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """While open, ``train`` returns at once where the model is in training, and ``zero_grad`` looks at what is trained.
 
     What is trained, and in which mode submodules are while the model is in training, must not change meanwhile.
 
     Args:
         model: in training.
+        trained: all of its parameters that have gradients.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def train(mode: bool = True) -> nn.Module:
         return model if mode and model.training else type(model).train(model, mode)
@@ -36,15 +37,3 @@ def without_walks(model: nn.Module) -> Iterator[None]:
 
     with replaced(model, train=train, zero_grad=zero_grad):
         yield
-
-
-@contextmanager
-def replaced(model: nn.Module, **methods: Any) -> Iterator[None]:
-    """Give one module other methods of these names while the block runs."""
-    for name, method in methods.items():
-        model.__dict__[name] = method
-    try:
-        yield
-    finally:
-        for name in methods:
-            del model.__dict__[name]

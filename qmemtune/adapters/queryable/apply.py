@@ -11,8 +11,6 @@ the layer's output; one ``addmm`` in place does it in none.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qmemtune.adapters.queryable.devices import no_autocast
+from qmemtune.adapters.queryable.devices import no_autocast, triton_kernels
+
+KERNELS = "qmemtune.adapters.queryable.kernels"
 
 
 def routed_product(routed: Tensor, z: Tensor) -> Tensor:
@@ -38,20 +38,9 @@ def _transposed_product(routed: Tensor, grad: Tensor) -> Tensor:
     return (routed * grad.unsqueeze(-1)).sum(dim=-2)
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> ModuleType | None:
-    from torch.utils._triton import has_triton
-
-    if not has_triton():
-        return None
-    from qmemtune.adapters.queryable import kernels
-
-    return kernels
-
-
 def through_route(routed: Tensor, z: Tensor) -> Tensor:
     """``C z`` of each token, without gradient. Shapes: routed (N, R, R), float32, contiguous; z and result (N, R)."""
-    if z.is_cuda and (kernels := _kernels()) is not None:
+    if (kernels := triton_kernels(KERNELS, z)) is not None:
         result: Tensor = kernels.routed(routed, z)
         return result
     with no_autocast(z.device):
@@ -60,7 +49,7 @@ def through_route(routed: Tensor, z: Tensor) -> Tensor:
 
 def back_through_route(routed: Tensor, grad: Tensor) -> Tensor:
     """``C^T g``. Shapes as :func:`through_route`."""
-    if grad.is_cuda and (kernels := _kernels()) is not None:
+    if (kernels := triton_kernels(KERNELS, grad)) is not None:
         result: Tensor = kernels.routed(routed, grad, transposed=True)
         return result
     with no_autocast(grad.device):

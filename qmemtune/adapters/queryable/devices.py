@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,3 +22,12 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def triton_kernels(name: str, x: Tensor) -> ModuleType | None:
+    """The module of this name, of Triton kernels, for a tensor on a GPU; None elsewhere, and without Triton."""
+    if not x.is_cuda:
+        return None
+    from torch.utils._triton import has_triton
+
+    return import_module(name) if has_triton() else None

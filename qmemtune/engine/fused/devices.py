@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from qmemtune.adapters.queryable.devices import triton_kernels
 
 FUSED = ("cpu", "cuda")
 """Types of devices on which there is one."""
@@ -14,18 +15,7 @@ FUSED = ("cpu", "cuda")
 
 def kernels_for(x: Tensor) -> ModuleType | None:
     """:mod:`qmemtune.engine.fused.kernels` for a tensor on a GPU; None elsewhere, and where Triton is missing."""
-    return _kernels() if x.is_cuda else None
-
-
-@lru_cache(maxsize=1)
-def _kernels() -> ModuleType | None:
-    from torch.utils._triton import has_triton
-
-    if not has_triton():
-        return None
-    from qmemtune.engine.fused import kernels
-
-    return kernels
+    return triton_kernels("qmemtune.engine.fused.kernels", x)
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
