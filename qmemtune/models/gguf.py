@@ -21,11 +21,14 @@ from qmemtune.rundir import cache_root
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 2
+LAYOUT = 3
 """Counts changes to what a converted folder holds or is refused for; part of its name."""
 
 FULL_PRECISION_LIMIT = 1 << 30
 """Bytes of a GGUF file up to which its weights are stored in float32 (see :func:`_storage_dtype`)."""
+
+UNUSED = re.compile(r"rope_freqs|rope_factors|nextn")
+"""Tensors of a file that no model keeps as weights: divisors of rotary positions, and layers that guess ahead."""
 
 PART = re.compile(r"-\d{5}-of-(\d{5})$")
 """How the name of one part of a split file ends, before its suffix."""
@@ -142,7 +145,27 @@ def _carries(config: Any, scaling: dict[str, Any]) -> bool:
     )
 
 
-def _check_whole(file: Path, model: Any, info: dict[str, Any]) -> None:
+def _left_out(reader: Any, model: Any) -> int:
+    """How many numbers of a file's weights the model made of it has no place for.
+
+    Counted, because transformers passes over tensors that it cannot name without a word, and its table of names is not
+    public; every conversion that it knows keeps the number of elements.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    head, inner = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is inner.weight
+
+    def counts(name: str) -> bool:
+        block = re.match(r"blk\.(\d+)\.", name)
+        beyond = block is not None and int(block[1]) >= layers
+        return not (UNUSED.search(name) or beyond or (tied and name == "output.weight"))
+
+    held = sum(int(tensor.n_elements) for tensor in reader.tensors if counts(tensor.name))
+    kept = {value.data_ptr(): value.numel() for value in model.state_dict().values()}
+    return held - sum(kept.values())
+
+
+def _check_whole(file: Path, reader: Any, model: Any, info: dict[str, Any]) -> None:
     # transformers fills what is missing at random, and a folder saved from that looks whole to every later run.
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     # transformers 5.17 takes a weight of another shape from a GGUF file as it is, and reports nothing.
@@ -155,6 +178,14 @@ def _check_whole(file: Path, model: Any, info: dict[str, Any]) -> None:
             f" {missing[0]} first",
             where=str(file),
             fix=f"is it a whole download? else {OTHER_SOURCE}",
+        )
+    left_out = _left_out(reader, model)
+    if left_out > 0:
+        raise UserError(
+            f"this GGUF file holds weights of {left_out:,} numbers that transformers has no place for in a"
+            f" {type(model).__name__}; the conversion would lose them",
+            where=str(file),
+            fix=OTHER_SOURCE,
         )
 
 
@@ -187,7 +218,7 @@ def _convert(file: Path, folder: Path) -> None:
         model, info = AutoModelForCausalLM.from_pretrained(
             **place, dtype=_storage_dtype(file), output_loading_info=True, ignore_mismatched_sizes=True
         )
-        _check_whole(file, model, info)
+        _check_whole(file, reader, model, info)
         # The weights are plain tensors now; what still calls them GGUF would keep transformers from saving them.
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer = None

@@ -178,6 +178,20 @@ def test_weights_of_another_shape(tmp_path: Path, tiny_llama_dir: Path) -> None:
         converted(file)
 
 
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.1.attn_q_norm.weight"])
+def test_weights_that_the_model_has_no_place_for(name: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    file = tmp_path / "more.gguf"
+    write_gguf(tiny_llama_dir, file, extra=with_tensor(name, [0.5] * 16))
+    with pytest.raises(UserError, match=r"holds weights of 16 numbers .* LlamaForCausalLM; the conversion would lose"):
+        converted(file)
+
+
+def test_layers_that_guess_ahead_may_be_left_out(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    file = tmp_path / "ahead.gguf"
+    write_gguf(tiny_llama_dir, file, extra=with_tensor("blk.0.nextn.enorm.weight", [0.5] * 16))
+    assert converted(file).is_dir()
+
+
 def test_tied_head_is_not_missing(tmp_path: Path, tiny_llama_dir: Path) -> None:
     file = tmp_path / "tied.gguf"
     write_gguf(tiny_llama_dir, file, without="output")
