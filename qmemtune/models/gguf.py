@@ -27,8 +27,8 @@ LAYOUT = 3
 FULL_PRECISION_LIMIT = 1 << 30
 """Bytes of a GGUF file up to which its weights are stored in float32 (see :func:`_storage_dtype`)."""
 
-UNUSED = re.compile(r"rope_freqs|rope_factors|nextn")
-"""Tensors of a file that no model keeps as weights: divisors of rotary positions, and layers that guess ahead."""
+ROTARY = re.compile(r"rope_freqs|rope_factors_|attn_rot_embd")
+"""Tensors that hold how positions are rotated: no weights, and what scales them is judged by itself."""
 
 PART = re.compile(r"-\d{5}-of-(\d{5})$")
 """How the name of one part of a split file ends, before its suffix."""
@@ -145,22 +145,19 @@ def _carries(config: Any, scaling: dict[str, Any]) -> bool:
     )
 
 
-def _left_out(reader: Any, model: Any) -> int:
+def left_out(reader: Any, model: Any) -> int:
     """How many numbers of a file's weights the model made of it has no place for.
 
     Counted, because transformers passes over tensors that it cannot name without a word, and its table of names is not
     public; every conversion that it knows keeps the number of elements.
     """
-    layers = model.config.get_text_config().num_hidden_layers
-    head, inner = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and head.weight is inner.weight
-
-    def counts(name: str) -> bool:
-        block = re.match(r"blk\.(\d+)\.", name)
-        beyond = block is not None and int(block[1]) >= layers
-        return not (UNUSED.search(name) or beyond or (tied and name == "output.weight"))
-
-    held = sum(int(tensor.n_elements) for tensor in reader.tensors if counts(tensor.name))
+    # Falcon and Bloom are tied even where the file has the head's copy.
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    held = sum(
+        int(tensor.n_elements)
+        for tensor in reader.tensors
+        if not (ROTARY.search(tensor.name) or (tied and tensor.name == "output.weight"))
+    )
     kept = {value.data_ptr(): value.numel() for value in model.state_dict().values()}
     return held - sum(kept.values())
 
@@ -179,10 +176,10 @@ def _check_whole(file: Path, reader: Any, model: Any, info: dict[str, Any]) -> N
             where=str(file),
             fix=f"is it a whole download? else {OTHER_SOURCE}",
         )
-    left_out = _left_out(reader, model)
-    if left_out > 0:
+    extra = left_out(reader, model)
+    if extra > 0:
         raise UserError(
-            f"this GGUF file holds weights of {left_out:,} numbers that transformers has no place for in a"
+            f"this GGUF file holds weights of {extra:,} numbers that transformers has no place for in a"
             f" {type(model).__name__}; the conversion would lose them",
             where=str(file),
             fix=OTHER_SOURCE,
