@@ -151,6 +151,23 @@ def operations_per_token(base: str) -> float:
     return 4.0 * sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
 
 
+def said_below(rounds: list[dict[str, dict[str, float]]], label: str) -> list[str]:
+    """Of one base, what its lines have no column for: ours against the other peers, and every held-out loss."""
+    first, *others = rounds[0]
+    said = []
+    for peer in (name for name in others if name in PEERS):
+        ratios = {
+            name: spread([r[name]["tokens_per_s"] / r[peer]["tokens_per_s"] for r in rounds], 2)
+            for name in (first, *others)
+            if name in OURS
+        }
+        told = ", ".join(f"{name} {ratio}" for name, ratio in ratios.items())
+        said.append(f"Tokens a second, of {peer}'s, on {label}: {told}.")
+    losses = {name: ", ".join(f"{r[name]['eval_loss']:.4f}" for r in rounds) for name in rounds[0]}
+    told = "; ".join(f"{name} {loss}" for name, loss in losses.items())
+    return [*said, f"Held-out losses by round on {label}: {told}."]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help=f"a model source, or a shape: {', '.join(SHAPES)}")
@@ -186,14 +203,21 @@ def main() -> None:
     args.train, args.eval = first_rows(args.train, count, cache), first_rows(args.eval, args.eval_rows, cache)
     kind = PEAK_OF["cuda" if torch.cuda.is_available() else "cpu"]
     flops = operations_per_token(base)
-    lines, notes = [], []
+    lines, notes, below = [], [], []
     for quantization in args.quantization:
         rounds: list[dict[str, dict[str, float]]] = []
-        rates = []
         for seed in range(args.rounds):
-            rates.append(matmul_rate(dtype))
-            rounds.append({name: run(name, quantization, args, base, seed) for name in args.runs})
-            print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+            found = {}
+            for name in args.runs:
+                # Before each run: on a shared machine the rate changes from minute to minute.
+                rate = matmul_rate(dtype)
+                found[name] = {**run(name, quantization, args, base, seed), "matmul_rate": rate}
+                print(
+                    json.dumps({"base": quantization, "round": seed, "run": name, **found[name]}),
+                    file=sys.stderr,
+                    flush=True,
+                )
+            rounds.append(found)
         label = TYPES[args.dtype] if quantization == "none" else f"{quantization}, {TYPES[args.dtype]}"
         peer = args.runs[0]
         for name in args.runs:
@@ -205,10 +229,12 @@ def main() -> None:
                 line.append(f"{statistics.median(r[name][key] for r in rounds):,.{digits}f}")
             for key in ("tokens_per_s", "first_step_done_s", "peak_mib"):
                 line.append(spread([r[name][key] / r[peer][key] for r in rounds], 2))
-            reached = [r[name]["tokens_per_s"] * flops / rate for r, rate in zip(rounds, rates, strict=True)]
+            reached = [r[name]["tokens_per_s"] * flops / r[name]["matmul_rate"] for r in rounds]
             line.append(f"{statistics.median(reached):.0%}")
             lines.append(line)
-        notes.append(f"{label}: matrix products at {statistics.median(rates) / 1e9:,.0f} GFLOP/s")
+        rates = sorted(found["matmul_rate"] / 1e9 for r in rounds for found in r.values())
+        notes.append(f"{label}: matrix products at {rates[0]:,.0f} to {rates[-1]:,.0f} GFLOP/s")
+        below += said_below(rounds, label)
     header = [
         "base", "run", "tokens/s", "step (s)", "first step (s)", f"peak {kind} (MiB)", "held-out loss",
         f"tokens/s, of {args.runs[0]}'s", "first step, of its", f"peak {kind}, of its", "of the limit",
@@ -223,6 +249,8 @@ def main() -> None:
         f"`benchmarks/train.py`, {args.rounds} rounds; ratios are medians (smallest to largest); "
         f"{flops / 1e9:.2f} GFLOP a token; {'; '.join(notes)}; load at the end {os.getloadavg()[0]:.1f}.\n\n"
         + table(header, lines)
+        + "\n\n"
+        + "\n\n".join(below)
     )
     print(f"### {heading}\n\n{text}")
     if args.write:
