@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qmemtune.models.row_attention import is_row, row_attention
 from qmemtune.models.short_attention import causal_mask, is_meant, is_short, may_keep, scale_of, short_attention
 
 KERNEL = "sdpa"
@@ -161,9 +162,11 @@ def training_attention(*, written_out: bool = True) -> Iterator[None]:
         options: dict[str, Any],
         kept: bool,
     ) -> Tensor:
-        meant = written_out and kept and is_meant(query, key, value, options)
-        if meant and is_short(module, query, mask, options):
-            return short_attention(query, key, value, mask, scale_of(query, options))
+        if written_out and is_meant(query, key, value, options):
+            if kept and is_short(module, query, mask, options):
+                return short_attention(query, key, value, mask, scale_of(query, options))
+            if is_row(module, query, mask, options):
+                return row_attention(query, key, value, scale_of(query, options))
         mixed: Tensor = fused(module, query, key, value, mask, **options)[0]
         return mixed
 

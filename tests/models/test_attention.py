@@ -1,8 +1,9 @@
-"""Attention over short rows on a CPU: the fused kernel's numbers and gradients."""
+"""Attention in training on a CPU: the fused kernel's numbers and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qmemtune.models import attention, short_attention
+from qmemtune.models import attention, row_attention, short_attention
 from qmemtune.models.attention import training_attention
 
 
@@ -70,6 +71,58 @@ def test_the_numbers_and_gradients_of_the_fused_kernel(
     for ours, theirs, right in zip(short, fused, expected, strict=True):
         assert ours.isfinite().all()
         assert (ours - right).norm() <= 1.5 * (theirs - right).norm()
+
+
+@pytest.mark.parametrize("lengths", [[40], [33, 16, 17]])
+def test_rows_beyond_the_limit_have_the_fused_kernel_s_numbers_and_gradients(
+    calls: list[int], lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(short_attention, "MOST_BYTES", 0)
+    # Several blocks, the last of them not whole.
+    monkeypatch.setattr(row_attention, "SMALLEST", 16)
+    monkeypatch.setattr(row_attention, "AT_ONCE", 64)
+    backward = Mock(wraps=row_attention._back)
+    monkeypatch.setattr(row_attention, "_back", backward)
+    ids = torch.randint(1, 64, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(tokens) for tokens in lengths])[None]
+    inputs = {"input_ids": ids, "position_ids": positions}
+
+    def run(lm: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+        with attention.rows_of(lengths):
+            logits = lm(**inputs, use_cache=False).logits.float()
+        logits.log_softmax(-1)[..., 5].mean().backward()
+        gradient = torch.cat([p.grad.float().flatten() for p in lm.parameters() if p.grad is not None])
+        return logits.detach(), gradient
+
+    # Without it transformers' mask keeps rows apart by their positions.
+    (_, exact), (numbers, fused) = run(model(torch.float32)), run(model())
+    with training_attention():
+        ours_numbers, ours = run(model())
+    assert not calls
+    assert backward.call_count == 2 * len(lengths)
+    torch.testing.assert_close(ours_numbers, numbers, rtol=0.02, atol=0.02)
+    assert (ours - exact).norm() <= 1.5 * (fused - exact).norm()
+
+
+@pytest.mark.parametrize("other", ["float32", "longest", "window"])
+def test_rows_beyond_the_limit_are_the_fused_kernel_s_where_it_is_no_slower(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_attention, "MOST_BYTES", 0)
+    kernel = Mock(wraps=attention.row_attention)
+    monkeypatch.setattr(attention, "row_attention", kernel)
+    lm = model(torch.float32 if other == "float32" else torch.bfloat16)
+    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril().triu(-4) if other == "window" else None
+    with training_attention():
+        inputs = {"input_ids": torch.arange(1, 21)[None], "use_cache": False}
+        if other == "longest":
+            lm(**inputs)
+            assert kernel.call_count == 2
+            kernel.reset_mock()
+            monkeypatch.setattr(row_attention, "LONGEST", 19)
+        lm(**inputs, attention_mask=mask)
+    assert not kernel.called
 
 
 def test_it_stands_aside_where_it_is_not_meant(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
