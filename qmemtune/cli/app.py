@@ -17,6 +17,7 @@ from qmemtune.cli.estimate import estimate
 from qmemtune.cli.evaluate import evaluate
 from qmemtune.cli.generate import generate
 from qmemtune.cli.inspect import inspect
+from qmemtune.cli.kernel_caches import keep_fewer_kernels
 from qmemtune.cli.merge_export import merge_export
 from qmemtune.cli.recipes import recipes
 from qmemtune.cli.resume_check import resume_check
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json, debug = "--json" in arguments, "--debug" in arguments
+    keep_fewer_kernels()
     try:
         code = app(arguments, standalone_mode=False, prog_name="qmemtune")
         sys.stdout.flush()
