@@ -2,11 +2,11 @@
 
 Letters: B rows, H query heads, G key heads, Q query heads a key head, T tokens, N tokens of a sequence, D head width.
 
-torch's fused kernel is made for long rows, and for many of them; four batched products written out are
-faster over short ones. What they cost are the T x T weights, which the fused kernel never holds: so a layer whose
-weights take more than a limit is left to it. Short neighbours of a sequence are padded for such a call, and only for
-it; their weights take no more than a query whose heads are as wide as the longest of them. Forward and backward of a
-layer, 9 heads of width 64 of which 3 are key heads, in ms:
+torch's fused kernel is made for long rows, and for many of them; four batched products written out are faster over
+short ones. What they cost are the T x T weights, which the fused kernel never holds: so a layer whose weights take more
+than a limit is left to it (in bfloat16 to :mod:`qmemtune.models.row_attention`). Short neighbours of a sequence are
+padded for such a call, and only for it; their weights take no more than a query whose heads are as wide as the longest
+of them. Forward and backward of a layer, 9 heads of width 64 of which 3 are key heads, in ms:
 
 =========================  ======  ==========  =============  =======================  ================
 machine                    rows    fused, and  written out,   one behind the other,    written out over
