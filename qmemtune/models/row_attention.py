@@ -17,6 +17,9 @@ tokens  9 heads of width 64, of     32 heads of width 64, of
         45
 ======  ==========================  ============================
 
+Training SmolLM2-135M on 8 Alpaca rows a step, of up to 512 tokens, makes 1.15 times as many tokens a second (two runs
+of five steps each way, in turns: 312 and 305 for 271 and 265).
+
 Letters as in :mod:`qmemtune.models.short_attention`.
 """
 
