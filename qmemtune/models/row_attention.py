@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qmemtune.models.short_attention import by_key_head, causal_mask, is_causal
+from qmemtune.models.short_attention import CONTIGUOUS, by_key_head, causal_mask, gradients, is_causal
 
 LONGEST = 1024
 """Tokens of a row beyond which the fused kernel takes no longer."""
@@ -60,8 +60,7 @@ class _RowAttention(torch.autograd.Function):
         q, k, v, log_sums = ctx.saved_tensors
         # Stored as (B, T, H, D), for the products over (B * T, H * D) that come next.
         grad_q, grad_k, grad_v = (
-            torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-            for x in (q, k, v)
+            torch.empty_like(x.transpose(1, 2), memory_format=CONTIGUOUS).transpose(1, 2) for x in (q, k, v)
         )
         for row in range(len(q)):
             inputs = (x[row : row + 1] for x in (q, k, v, log_sums, grad.transpose(1, 2)))
@@ -89,7 +88,6 @@ def _back(
     narrow_k, narrow_v = k[0].contiguous(), v[0].contiguous()
     # Scores in float32, see _ShortAttention.
     keys = narrow_k.float().transpose(1, 2)
-    values = narrow_v.transpose(1, 2)
     sum_k, sum_v = torch.zeros_like(narrow_k, dtype=torch.float32), torch.zeros_like(narrow_v, dtype=torch.float32)
     block = block_of(q.shape[1])
     later = causal_mask(min(block, tokens), q.device).logical_not_()
@@ -105,12 +103,10 @@ def _back(
         flat = scores.view(groups[0], -1, stop)
         torch.baddbmm(flat, queries.float(), keys[:, :, :stop], alpha=scale, out=flat)
         weights = flat.exp_().to(q.dtype)
-        sum_v[:, :stop] += torch.bmm(weights.transpose(1, 2), wide)
-        grad_weights = torch.bmm(wide, values[:, :, :stop])
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        found = torch.bmm(grad_scores, narrow_k[:, :stop])
-        torch.mul(found.view(-1, size, q.shape[3]), scale, out=grad_q[:, start:stop])
-        sum_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), queries)
+        grad_queries, grad_keys, grad_values = gradients(weights, wide, queries, narrow_k[:, :stop], narrow_v[:, :stop])
+        torch.mul(grad_queries.view(-1, size, q.shape[3]), scale, out=grad_q[:, start:stop])
+        sum_k[:, :stop] += grad_keys
+        sum_v[:, :stop] += grad_values
     grad_k.copy_(sum_k.mul_(scale))
     grad_v.copy_(sum_v)
 

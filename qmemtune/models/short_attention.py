@@ -78,17 +78,29 @@ class _ShortAttention(torch.autograd.Function):
         q, k, v, weights, slots = ctx.saved_tensors
         groups = (k.shape[1], q.shape[1] // k.shape[1])
         grad_q, grad_k, grad_v = (torch.empty_like(x.transpose(1, 2), memory_format=CONTIGUOUS) for x in (q, k, v))
-        keys = k.flatten(0, 1)
         mixed = by_key_head(spread(grad.transpose(1, 2), slots, len(q), q.shape[2]), groups, grad.dtype)
-        narrow = torch.bmm(weights.transpose(1, 2), mixed)
-        grad_v.copy_(narrow.view(k.shape).transpose(1, 2))
-        grad_weights = torch.bmm(mixed, v.flatten(0, 1).transpose(1, 2))
-        scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        wide = torch.bmm(scores, keys).view(q.shape)
-        torch.mul(wide.transpose(1, 2), ctx.scale, out=grad_q)
-        narrow = torch.bmm(scores.transpose(1, 2), by_key_head(q, groups, q.dtype))
-        torch.mul(narrow.view(k.shape).transpose(1, 2), ctx.scale, out=grad_k)
+        wide, narrow_k, narrow_v = gradients(
+            weights, mixed, by_key_head(q, groups, q.dtype), k.flatten(0, 1), v.flatten(0, 1)
+        )
+        torch.mul(wide.view(q.shape).transpose(1, 2), ctx.scale, out=grad_q)
+        torch.mul(narrow_k.view(k.shape).transpose(1, 2), ctx.scale, out=grad_k)
+        grad_v.copy_(narrow_v.view(k.shape).transpose(1, 2))
         return *(joined(x, slots).transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None, None
+
+
+def gradients(
+    weights: Tensor, mixed: Tensor, queries: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries (n, t, D), keys (n, S, D) and values (n, S, D), the first two before the scale.
+
+    Args:
+        weights: (n, t, S), what each query takes of each value.
+        mixed: the result's gradient, (n, t, D).
+    """
+    grad_values = torch.bmm(weights.transpose(1, 2), mixed)
+    grad_weights = torch.bmm(mixed, values.transpose(1, 2))
+    scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    return torch.bmm(scores, keys), torch.bmm(scores.transpose(1, 2), queries), grad_values
 
 
 def spread(heads: Tensor, slots: Tensor | None, rows: int, tokens: int) -> Tensor:

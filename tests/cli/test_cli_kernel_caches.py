@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -44,8 +45,8 @@ def test_verbs_bound_the_caches_unless_their_size_is_given(monkeypatch: pytest.M
     monkeypatch.setenv(other, "")
     monkeypatch.delenv(other)
     assert main(["recipes"]) == 0
-    assert kernel_caches.os.environ[given] == "7"
-    assert kernel_caches.os.environ[other] == kernel_caches.CAPACITY
+    assert os.environ[given] == "7"
+    assert os.environ[other] == kernel_caches.CAPACITY
 
 
 @pytest.mark.skipif(
