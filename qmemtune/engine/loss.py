@@ -27,9 +27,15 @@ from qmemtune.models.head import Transform, contiguous_input, decoder_of, find_t
 
 CHUNK = 1024
 """Labelled positions whose logits exist at one time."""
-BUFFER_BYTES = 48 * 2**20
-"""Most that the float32 logits of one chunk take behind a plain head: few enough rows to stay near the processor's
-cache, enough to make the products with the head's weight, which is read anew for each chunk, worth it."""
+BUFFER_BYTES = 60 * 2**20
+"""Most that the logits of one chunk behind a plain head would take in float32: few enough rows to stay near the
+processor's cache, enough to make the products with the head's weight, which is read anew for each chunk, worth it. In
+bfloat16 it is half, for which glibc keeps a place: what is above its 32 MiB comes page by page from the system, each
+time, which took up to a sixth of a head's time."""
+PART_BYTES = 8 * 2**20
+"""Most that the float32 numbers of a part of a chunk take, between logits and gradient of another type."""
+EVEN = 32
+"""Chunks have a multiple of so many rows, save for the last: a shape is met again, and its kernel with it."""
 GPU_BUFFER_BYTES = 256 * 2**20
 """The same on a GPU, in the type of the hidden states: a thousand rows of Llama 3's 128,256 words, in bfloat16."""
 
@@ -96,32 +102,28 @@ class PlainHeadLoss(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, targets_N: Tensor, weight_VD: Tensor, bias_V: Tensor | None, on_gpu: bool
     ) -> Tensor:
         buffer = GPU_BUFFER_BYTES // hidden_ND.dtype.itemsize if on_gpu else BUFFER_BYTES // 4
-        rows = min(len(hidden_ND), max(1, buffer // len(weight_VD)))
+        rows = chunk_of(len(hidden_ND), max(1, buffer // len(weight_VD)))
         low = hidden_ND.new_empty(rows, len(weight_VD))
         kernels = kernels_for(hidden_ND)
         # The second case is a GPU's step that is traced on tensors without numbers.
         in_place = kernels is not None or (on_gpu and not hidden_ND.is_cuda) or low.dtype == torch.float32
-        wide = low if in_place else torch.empty_like(low, dtype=torch.float32)
+        part = rows if in_place else min(rows, max(1, PART_BYTES // (4 * len(weight_VD))))
+        wide = None if in_place else low.new_empty(part, len(weight_VD), dtype=torch.float32)
         gradient_ND = torch.empty_like(hidden_ND)
         losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         start = 0
         for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-            count, end = len(hidden), start + len(hidden)
-            logits, raw, target = wide[:count], low[:count], targets[:, None]
+            end = start + len(hidden)
+            raw, losses = low[: len(hidden)], losses_N[start:end]
             if bias_V is None:
                 torch.mm(hidden, weight_VD.t(), out=raw)
             else:
                 torch.addmm(bias_V, hidden, weight_VD.t(), out=raw)
             if kernels is not None:
-                losses_N[start:end] = kernels.cross_entropy_(raw, targets).neg_()
+                losses.copy_(kernels.cross_entropy_(raw, targets).neg_())
             else:
-                if raw is not logits:
-                    logits.copy_(raw)
-                torch.log_softmax(logits, dim=-1, out=logits)
-                losses_N[start:end] = logits.gather(1, target)[:, 0]
-                logits.exp_().scatter_add_(1, target, logits.new_full((count, 1), -1.0))
-                if raw is not logits:
-                    raw.copy_(logits)
+                for some in zip(raw.split(part), targets.split(part), losses.split(part), strict=True):
+                    to_gradient_(*some, wide)
             torch.mm(raw, weight_VD, out=gradient_ND[start:end])
             start = end
         ctx.save_for_backward(gradient_ND)
@@ -130,6 +132,30 @@ class PlainHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *FrozenHeadLoss.backward(ctx, *grads), None, None
+
+
+def chunk_of(positions: int, most: int) -> int:
+    """Rows of a chunk: of as few and as even chunks of at most ``most`` rows as there can be."""
+    chunks = -(-positions // most)
+    even = -(-positions // chunks)
+    return min(-(-even // EVEN) * EVEN, most, positions)
+
+
+def to_gradient_(logits: Tensor, targets: Tensor, log_chances: Tensor, wide: Tensor | None) -> None:
+    """Turn logits into the gradient of :func:`cross_entropy` with respect to them, in place.
+
+    Args:
+        logits: (n, V).
+        targets: (n,).
+        log_chances: (n,) float32; becomes what the targets' losses are the negative of.
+        wide: at least (n, V) float32, to compute in; None where the logits themselves are for it.
+    """
+    found, target = logits if wide is None else wide[: len(logits)].copy_(logits), targets[:, None]
+    torch.log_softmax(found, dim=-1, out=found)
+    log_chances.copy_(found.gather(1, target)[:, 0])
+    found.exp_().scatter_add_(1, target, found.new_full((len(found), 1), -1.0))
+    if wide is not None:
+        logits.copy_(found)
 
 
 def has_plain_head(head: nn.Module, transform: Transform, hidden: Tensor) -> bool:

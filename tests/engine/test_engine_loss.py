@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -190,10 +193,36 @@ def test_a_plain_head_in_reused_buffers_gives_the_loss_and_gradient_of_the_gener
     general = loss_module.FrozenHeadLoss.apply(hidden, targets, head, loss_module.cross_entropy)
     (expected,) = torch.autograd.grad(general, hidden)
     monkeypatch.setattr(loss_module, "BUFFER_BYTES", 4 * 500 * 5)
+    monkeypatch.setattr(loss_module, "PART_BYTES", 4 * 500 * 2)
     plain = loss_module.frozen_head_loss(hidden, targets, head, loss_module.unchanged)
     (found,) = torch.autograd.grad(plain, hidden)
     torch.testing.assert_close(plain, general)
     torch.testing.assert_close(found, expected, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_chunks_of_labelled_positions_are_few_and_even() -> None:
+    assert [loss_module.chunk_of(positions, 320) for positions in (5, 300, 320, 321, 614, 961)] == [
+        5, 300, 320, 192, 320, 256,
+    ]  # fmt: skip
+
+
+def test_buffers_of_a_plain_head_are_ones_that_glibc_keeps_a_place_for() -> None:
+    """Above 32 MiB a buffer is mapped anew each time, page by page."""
+    most = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            made = call(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor):
+                most = max(most, made.untyped_storage().nbytes())
+            return made
+
+    hidden = torch.empty(800, 8, dtype=torch.bfloat16, device="meta")
+    head = torch.empty(49_152, 8, dtype=torch.bfloat16, device="meta")
+    with Sizes():
+        loss_module.PlainHeadLoss.apply(hidden, torch.empty(800, dtype=torch.long, device="meta"), head, None, False)
+    assert 2**20 < most < 32 * 2**20
 
 
 def test_a_head_that_is_more_than_one_product_is_computed_as_it_is() -> None:
