@@ -17,13 +17,13 @@ from qmemtune.cli.estimate import estimate
 from qmemtune.cli.evaluate import evaluate
 from qmemtune.cli.generate import generate
 from qmemtune.cli.inspect import inspect
-from qmemtune.cli.kernel_caches import keep_fewer_kernels
 from qmemtune.cli.merge_export import merge_export
 from qmemtune.cli.recipes import recipes
 from qmemtune.cli.resume_check import resume_check
 from qmemtune.cli.study import study
 from qmemtune.cli.train import train
 from qmemtune.errors import UserError
+from qmemtune.models.kernel_caches import keep_fewer_kernels
 
 INTERRUPTED = 130
 

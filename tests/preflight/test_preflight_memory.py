@@ -21,6 +21,7 @@ from qmemtune.data.packing import without_padding
 from qmemtune.engine.batching import BatchForm
 from qmemtune.engine.fused import fused_layers
 from qmemtune.engine.language import LabelledLoss
+from qmemtune.engine.memory import estimate as estimate_module
 from qmemtune.engine.memory.estimate import RunMemory
 from qmemtune.engine.memory.exhausted import asked_bytes, explained
 from qmemtune.engine.memory.fit import Memory, largest_batch, suggestions
@@ -29,6 +30,7 @@ from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantise
 from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
+from qmemtune.models import kernel_caches
 from qmemtune.models.attention import rows_of, training_attention
 from qmemtune.models.hardware import is_out_of_memory
 from qmemtune.models.loading import load_base
@@ -134,6 +136,31 @@ def test_copies_of_4bit_weights_are_counted_where_they_are_made(run_config, monk
     assert with_copies.copies > 0
     assert without.copies == 0
     assert without.estimate(WORK).dequantized_copies == 0
+
+
+def test_kernels_that_torch_keeps_in_bfloat16_are_counted(run_config, monkeypatch):
+    """More of them where each batch has shapes of its own; as many as the caches hold at most."""
+    monkeypatch.setattr(estimate_module, "bf16_is_fast", lambda device: True)
+    for name in kernel_caches.VARIABLES:
+        monkeypatch.setenv(name, "100")
+    kernel = kernel_caches.KERNEL_BYTES
+    alike = replace(WORK, together=WORK.rows * WORK.tokens)
+    config = run_config().config
+
+    def kernels(dtype: torch.dtype, work: Workload) -> float:
+        found = RunMemory(config, CPU, runtime=0, dtype=dtype).estimate(work)
+        assert found.total >= found.kernels
+        return found.kernels
+
+    assert kernels(torch.bfloat16, replace(alike, together=200)) == 100 * kernel
+    assert kernels(torch.bfloat16, WORK) == 100 * kernel
+    assert kernels(torch.bfloat16, alike) == kernel_caches.OF_A_BATCH * kernel
+    assert kernels(torch.float32, WORK) == 0
+    monkeypatch.setenv(kernel_caches.VARIABLES[0], "20")
+    monkeypatch.delenv(kernel_caches.VARIABLES[1])
+    assert kernels(torch.bfloat16, WORK) == kernel_caches.WITHOUT_A_BOUND * kernel
+    monkeypatch.setenv(kernel_caches.VARIABLES[1], "10")
+    assert kernels(torch.bfloat16, WORK) == kernels(torch.bfloat16, alike) == 20 * kernel
 
 
 def test_the_largest_batch_that_fits(run_config):

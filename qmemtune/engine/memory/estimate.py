@@ -20,7 +20,8 @@ from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantise
 from qmemtune.engine.memory.workload import Workload
 from qmemtune.models.dequantized import copies_fit
 from qmemtune.models.fingerprint import NOT_COUNTED
-from qmemtune.models.hardware import compute_dtype
+from qmemtune.models.hardware import bf16_is_fast, compute_dtype
+from qmemtune.models.kernel_caches import kept_bytes
 from qmemtune.models.sources import stored_bytes
 
 CUDA_RUNTIME = 600 * 2**20
@@ -66,6 +67,8 @@ class Estimate:
     """What else exists for a moment at the peak: dequantised weights, gradients of activations."""
     fragmentation: float
     """Memory that the allocator holds and cannot use."""
+    kernels: float
+    """What torch keeps for products of shapes that it has met, in bfloat16 on a CPU."""
     peak_in: str
     """Part of a step that takes most: forward, loss or backward."""
     loading: float
@@ -82,6 +85,7 @@ class Estimate:
         "logits",
         "temporaries",
         "fragmentation",
+        "kernels",
     )
 
     @property
@@ -218,9 +222,15 @@ class RunMemory:
             logits=rest if peak_in == "loss" else 0.0,
             temporaries=0.0 if peak_in == "loss" else rest,
             fragmentation=fragmented,
+            kernels=self._kernels(workload),
             peak_in=peak_in,
             loading=self.runtime + self.base_weights + self.read + self.holes if self.on_cpu else 0.0,
         )
+
+    def _kernels(self, workload: Workload) -> float:
+        if not self.on_cpu or self.dtype != torch.bfloat16 or not bf16_is_fast(torch.device("cpu")):
+            return 0.0
+        return kept_bytes(other_shapes=workload.together != workload.rows * workload.tokens)
 
     def _trace(self, workload: Workload) -> Traced:
         # How many batches are accumulated changes nothing in one of them.

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-from qmemtune.cli import kernel_caches
 from qmemtune.cli.app import main
+from qmemtune.models import kernel_caches
 
 KEPT = """
 import ctypes, json, sys
-from qmemtune.cli.kernel_caches import keep_fewer_kernels
+from qmemtune.models.kernel_caches import keep_fewer_kernels
 if sys.argv[1] == "fewer":
     keep_fewer_kernels()
 import torch
