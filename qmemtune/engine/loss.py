@@ -32,14 +32,12 @@ BUFFER_BYTES = 60 * 2**20
 processor's cache, enough to make the products with the head's weight, which is read anew for each chunk, worth it. In
 bfloat16 it is half, for which glibc keeps a place: what is above its 32 MiB comes page by page from the system, each
 time, which took up to a sixth of a head's time."""
+GPU_BUFFER_BYTES = 256 * 2**20
+"""The same on a GPU, in the type of the hidden states: a thousand rows of Llama 3's 128,256 words, in bfloat16."""
 PART_BYTES = 8 * 2**20
 """Most that the float32 numbers of a part of a chunk take, between logits and gradient of another type."""
 EVEN = 32
 """Chunks have a multiple of so many rows, save for the last: a shape is met again, and its kernel with it."""
-GPU_BUFFER_BYTES = 256 * 2**20
-"""The same on a GPU, in the type of the hidden states: a thousand rows of Llama 3's 128,256 words, in bfloat16."""
-
-
 MEASURING_PASSES = 2
 """Training passes after which a memory knows the means of its inputs: one measures them, the next finds them there."""
 

@@ -17,6 +17,7 @@ KERNEL_BYTES = 850_000
 """What one of them takes, on the mean over a step of SmolLM2-135M on an AVX-512 processor; 0.6 MB of it is a product of
 any size."""
 WITHOUT_A_BOUND = 1024
+"""What either cache holds where its variable is not set."""
 VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's and torch's; both are read when the first kernel is made."""
 
