@@ -55,6 +55,29 @@ def mixed(parts: Mapping[str, TokenRows], weights: Mapping[str, float], seed: in
     return whole.select(np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")])
 
 
+def first_of_mixture(
+    counts: Mapping[str, int], weights: Mapping[str, float], limit: int | None
+) -> tuple[dict[str, int], dict[str, float]]:
+    """How many rows of each set the first ``limit`` of a mixture are made of, and with which weights.
+
+    Args:
+        counts: rows of each set.
+        weights: of each set, 1 or more.
+        limit: rows of the mixture; None for all of it.
+
+    Returns:
+        rows of each set, the first ones, and weights with which they make up its share: a set that is not used up has
+        no row twice. Together up to one row a set more than the limit.
+    """
+    whole = {name: count * weights[name] for name, count in counts.items()}
+    total = sum(whole.values())
+    if limit is None or total <= limit:
+        return dict(counts), dict(weights)
+    shares = {name: min(math.ceil(limit * rows / total), math.ceil(rows)) for name, rows in whole.items()}
+    kept = {name: min(shares[name], count) for name, count in counts.items()}
+    return kept, {name: shares[name] / kept[name] if kept[name] else 1.0 for name in kept}
+
+
 def repeated(count: int, weight: float, seed: Sequence[int]) -> np.ndarray:
     """Row numbers of one pass with that weight: all rows its whole part often, and a random choice for the rest."""
     times = math.floor(weight)

@@ -14,7 +14,7 @@ from qmemtune.config.missing import MISSING
 from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder
 from qmemtune.data.examples import LOOK_AT, Example
-from qmemtune.data.mixture import mixed, repeated, source_configs
+from qmemtune.data.mixture import first_of_mixture, mixed, repeated, source_configs
 from qmemtune.data.prepared import PreparedData
 from qmemtune.data.reading import Reading, Source
 from qmemtune.data.render import Renderer
@@ -177,20 +177,25 @@ class Preparation:
 
     def _train_rows(self, sources: dict[str, Source], trained: dict[str, list[Example]]) -> TokenRows:
         config = self.config
-        parts: dict[str, TokenRows] = {}
+        chosen, parts = dict(trained), dict[str, TokenRows]()
         for name, source in sources.items():
-            chosen, weight = trained[name], source.report.weight
-            if weight < 1:
-                chosen = [chosen[i] for i in repeated(len(chosen), weight, [config.split_seed, *name.encode()])]
-            chosen = chosen[: config.max_train_rows]
-            self.trained.extend(chosen)
-            parts[name] = self._tokenized(chosen, source, self.report.train, "training rows")
+            if source.report.weight < 1:
+                order = repeated(len(chosen[name]), source.report.weight, [config.split_seed, *name.encode()])
+                chosen[name] = [chosen[name][i] for i in order]
+        kept, weights = first_of_mixture(
+            {name: len(chosen[name]) for name in sources},
+            {name: max(source.report.weight, 1.0) for name, source in sources.items()},
+            config.max_train_rows,
+        )
+        for name, source in sources.items():
+            own = chosen[name][: kept[name]]
+            self.trained.extend(own)
+            parts[name] = self._tokenized(own, source, self.report.train, "training rows")
             if not parts[name]:
                 source.report.fail("no training row can be used")
         if not config.sources:
             # A text or a conversation may have become several rows.
             return parts[""][: config.max_train_rows]
-        weights = {name: max(source.report.weight, 1.0) for name, source in sources.items()}
         rows = mixed(parts, weights, config.split_seed)[: config.max_train_rows]
         bounds = np.cumsum([0, *(len(part.table) for part in parts.values())])
         lengths, owner = np.asarray(rows.lengths), np.searchsorted(bounds, rows.order, side="right") - 1
@@ -205,10 +210,13 @@ class Preparation:
         limit, part = self.config.max_eval_rows, self.report.heldout
         if apart is not None:
             return self._tokenized(apart.examples[:limit], apart, part, "held-out rows")[:limit]
+        alike = dict.fromkeys(sources, 1.0)
+        kept, _ = first_of_mixture({name: len(held[name]) for name in sources}, alike, limit)
         rows = {
-            name: self._tokenized(held[name][:limit], source, part, "held-out rows") for name, source in sources.items()
+            name: self._tokenized(held[name][: kept[name]], source, part, "held-out rows")
+            for name, source in sources.items()
         }
-        return (mixed(rows, dict.fromkeys(rows, 1.0), 0) if len(rows) > 1 else next(iter(rows.values())))[:limit]
+        return (mixed(rows, alike, 0) if len(rows) > 1 else next(iter(rows.values())))[:limit]
 
     def _tokenized(self, examples: list[Example], source: Source, part: PartReport, what: str) -> TokenRows:
         renderer = Renderer(source.config, source.form, self.tokenizer, self.encoder)

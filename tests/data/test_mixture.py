@@ -57,6 +57,27 @@ def test_the_beginning_of_a_mixture_is_mixed_like_the_whole(sets, tokenizer):
     assert [row["origin"] for row in whole] == [row["origin"] for row in again]
 
 
+@pytest.mark.parametrize("weight", [1.0, 3.0, 0.5])
+def test_a_limit_cuts_all_sets_alike(write_rows, tokenizer, weight):
+    counts = {"large": 90, "small": 10}
+    sets = {
+        name: SourceConfig(
+            path=write_rows([{"prompt": f"{name} {i}", "completion": "yes"} for i in range(count)], f"{name}.jsonl"),
+            weight=weight if name == "small" else 1.0,
+        )
+        for name, count in counts.items()
+    }
+    whole = prepare_data(DataConfig(sources=sets, eval_fraction=0.2), tokenizer)
+    part = prepare_data(DataConfig(sources=sets, eval_fraction=0.2, max_train_rows=24, max_eval_rows=10), tokenizer)
+    for rows, cut in ((whole.train, part.train), (whole.heldout, part.heldout)):
+        share = Counter(row["group"] for row in rows)["small"] / len(rows)
+        found = Counter(row["group"] for row in cut)
+        assert abs(found["small"] - share * len(cut)) <= 1
+    assert (len(part.train), len(part.heldout)) == (24, 10)
+    # No row twice while others of its set are left.
+    assert max(Counter(row["origin"] for row in part.train).values()) == 1
+
+
 def test_every_set_gives_held_out_rows_that_no_other_set_trains_on(write_rows, tokenizer):
     rows = [{"prompt": f"ask {i}", "completion": "yes"} for i in range(40)]
     sets = {name: SourceConfig(path=write_rows(rows, f"{name}.jsonl")) for name in ("one", "two")}
