@@ -64,7 +64,9 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
     run, composed = load_target(overrides, out)
     config = composed.config
     out.working("loading the run's model")
+    from qmemtune.adapters.files import WEIGHTS
     from qmemtune.data.prepare import prepare_heldout
+    from qmemtune.engine.manifest import sha256
     from qmemtune.engine.restore import load_run
     from qmemtune.evaluation.forward import one_for_all
     from qmemtune.evaluation.harness import check_tasks
@@ -87,7 +89,9 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
             dtype=loaded.dtype,
             progress=counter,
         )
-    report = {"run_dir": str(run.path), **report}
+    given = [*overrides, *([] if instruction is None else [f"instruction={instruction}"])]
+    asked = [override for override in given if not override.startswith("run_dir=")]
+    report = {"run_dir": str(run.path), "overrides": asked, "adapter_sha256": sha256(run.adapter / WEIGHTS), **report}
     write_json(run.evaluation, plain(report))
     return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,20 @@ CODE = "*.py"
 """A model's own Python code; kept only where its config names it."""
 
 
-def end_generation_at(folder: Path, token: int) -> None:
-    """Let servers end an answer at this token too: a base model's own end of text is often another than a chat's.
+def end_generation_at(folder: Path, tokens: Sequence[int]) -> None:
+    """Let servers end an answer at these tokens too: a base model's own end of text is often another than a chat's.
 
     Args:
         folder: a model's, with its config.json; its generation_config.json is written if it does not say so yet.
-        token: the id.
+        tokens: their ids.
     """
     file = folder / KEPT[0]
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     ends = content.get("eos_token_id", config.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if token not in ends:
-        write_json(file, {**content, "eos_token_id": [*ends, token]})
+    if new := [token for token in dict.fromkeys(tokens) if token not in ends]:
+        write_json(file, {**content, "eos_token_id": [*ends, *new]})
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,16 @@ def open_base(source: Source) -> BaseFiles:
     Raises:
         UserError: they are not there or not whole.
     """
+    folder, names, index = weights_of(source)
+    return BaseFiles(folder, [read_shard(folder / name) for name in names], index)
+
+
+def weights_of(source: Source) -> tuple[Path, list[str], dict[str, Any] | None]:
+    """A base model's folder, the names of its weight files, and the content of their index if there are several.
+
+    Raises:
+        UserError: they are not there.
+    """
     folder = Path(source.location)
     if not source.is_local:
         with explained(source):
@@ -142,7 +152,7 @@ def open_base(source: Source) -> BaseFiles:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{source.origin} lacks {missing[0]}", where="model.path", fix="is the copy whole?")
-    return BaseFiles(folder, [read_shard(folder / name) for name in names], index)
+    return folder, names, index
 
 
 def _from_hub(source: Source) -> Path:

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
+from qmemtune.adapters.files import WEIGHTS
 from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.export import LIVE_FORMATS
 from qmemtune.config.schema import Config
+from qmemtune.engine.manifest import sha256
 from qmemtune.export.marker import public
 from qmemtune.models.sources import PACKAGE, Source
 from qmemtune.rundir import RunDir, read_json
@@ -158,13 +160,12 @@ def base_argument(source: Source) -> str:
 
 def measured(run: RunDir) -> str:
     """Held-out results of the run, base and tuned side by side where both were measured."""
-    if run.evaluation.is_file():
-        results = read_json(run.evaluation)
-        columns = {name: results.get(name) for name in ("base", "tuned")}
-    else:
+    results = own_evaluation(run)
+    if results is None:
         summary = read_json(run.summary) if run.summary.is_file() else {}
-        columns = {"tuned": summary.get("eval")}
-    columns = {name: values for name, values in columns.items() if isinstance(values, dict)}
+        results = {"tuned": summary.get("eval")}
+    found = {name: results.get(name) for name in ("base", "tuned")}
+    columns = {name: values for name, values in found.items() if isinstance(values, dict)}
     rows = [metric for metric in METRICS if any(number(values.get(metric)) for values in columns.values())]
     if not rows:
         return "Nothing was measured on held-out rows."
@@ -173,6 +174,16 @@ def measured(run: RunDir) -> str:
         cells = [f"{values[metric]:.4f}" if number(values.get(metric)) else "" for values in columns.values()]
         lines.append(f"| {metric.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\nOf the live model; see the next section for this export."
+
+
+def own_evaluation(run: RunDir) -> dict[str, Any] | None:
+    """What ``eval`` found last, if it measured the adapter as it is now, on the run's own rows."""
+    if not run.evaluation.is_file():
+        return None
+    results = read_json(run.evaluation)
+    asked = results.get("overrides", [None])
+    own_rows = all(isinstance(override, str) and override.startswith("evaluation") for override in asked)
+    return results if own_rows and results.get("adapter_sha256") == sha256(run.adapter / WEIGHTS) else None
 
 
 def fidelity_text(result: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from qmemtune.adapters import apply_adapter
+from qmemtune.adapters.files import WEIGHTS
 from qmemtune.adapters.queryable.fold import FoldedLayer, resized
 from qmemtune.config.adapters import LoraConfig
 from qmemtune.config.compose import Composed
@@ -36,7 +37,7 @@ from qmemtune.engine.task import Batch
 from qmemtune.evaluation.guard import undisturbed
 from qmemtune.evaluation.labelled import LabelledLogits, LabelReader
 from qmemtune.export.fidelity import fidelity
-from qmemtune.export.lora import WEIGHTS, target_names
+from qmemtune.export.lora import target_names
 from qmemtune.export.updates import read_updates
 from qmemtune.models.dequantized import dequantized_on_cpu
 from qmemtune.models.hardware import autocast

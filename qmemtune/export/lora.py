@@ -12,12 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qmemtune.adapters.files import CONFIG, WEIGHTS
 from qmemtune.adapters.queryable.fold import FoldedLayer
 from qmemtune.errors import UserError
 from qmemtune.models.sources import Source
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def copy_adapter(adapter: Path, folder: Path, source: Source) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmemtune.config.model import ModelConfig
 from qmemtune.errors import UserError
-from qmemtune.export.basefiles import open_base
+from qmemtune.export.basefiles import weights_of
 from qmemtune.models.configs import read_config
 from qmemtune.models.sources import Source, resolve
 
@@ -25,8 +25,9 @@ def weights_digest(source: Source) -> str | None:
     if not source.is_local:
         return None
     digest = hashlib.sha256()
-    for shard in open_base(source).shards:
-        with shard.path.open("rb") as file:
+    folder, names, _ = weights_of(source)
+    for name in names:
+        with (folder / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qmemtune.config.data import is_chat
 from qmemtune.config.schema import Config
 from qmemtune.data.chat import turn_end
-from qmemtune.data.mixture import source_configs
 from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.export.base_choice import compare_bases
 from qmemtune.export.basefiles import end_generation_at
@@ -53,7 +52,10 @@ def export_run(run: RunDir, config: Config, *, progress: Progress | None = None)
     """
     start = time.perf_counter()
     require_exportable(run, config)
-    path = Path(config.export.path).expanduser() if config.export.path else run.export / config.export.format
+    path = run.export / config.export.format
+    if config.export.path:
+        # Of "." and ".." too, which have no name of their own.
+        path = Path(os.path.abspath(Path(config.export.path).expanduser()))
     check_destination(path, force=config.export.force)
     found = exactness(config, config.export.format)
     result: dict[str, Any] = {"path": str(path), "format": config.export.format, "exact": found.exact}
@@ -142,9 +144,7 @@ def write_merged(job: Export, folder: Path, lora: Path, calibration: Sequence[An
     merged = merge.run(folder, keep_tokenizer=keep_tokenizer)
     if not keep_tokenizer:
         job.tokenizer().save_pretrained(folder)
-    chat = any(is_chat(data, data.format) for data in source_configs(config.data).values())
-    end = turn_end(job.tokenizer()) if chat else None
-    if end is not None:
-        end_generation_at(folder, end)
+    tokenizer = job.tokenizer()
+    end_generation_at(folder, [token for token in (tokenizer.eos_token_id, turn_end(tokenizer)) if token is not None])
     job.seconds |= merged.pop("seconds")
     result |= merged

@@ -14,8 +14,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
+from qmemtune.adapters.files import CONFIG, WEIGHTS
 from qmemtune.errors import UserError
-from qmemtune.export.lora import CONFIG, WEIGHTS
 
 PREFIX = "base_model.model."
 FROZEN = ".base_layer.weight"

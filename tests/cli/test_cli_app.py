@@ -307,6 +307,8 @@ def test_eval_prints_base_and_tuned_side_by_side_and_writes_json(run, module, fi
     module("qmemtune.engine.restore", load_run=lambda run_dir, config: loaded)
     module("qmemtune.data.prepare", prepare_heldout=lambda config, tokenizer: SimpleNamespace(heldout=[1]))
     module("qmemtune.evaluation.verb", evaluate_pair=lambda *args, **options: report)
+    (finished_run / "adapter").mkdir(exist_ok=True)
+    (finished_run / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     result = run("eval")
     assert result.code == 0
     table = [" ".join(line.split()) for line in result.out.splitlines()]

@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from qmemtune.adapters.files import WEIGHTS
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
 from qmemtune.config.data import SourceConfig
 from qmemtune.config.missing import MISSING
+from qmemtune.engine.manifest import sha256
 from qmemtune.errors import UserError
 from qmemtune.export import export_run
 from qmemtune.export.card import base_argument
 from qmemtune.export.marker import public, read_marker
 from qmemtune.models.sources import Source
-from qmemtune.rundir import write_json
+from qmemtune.rundir import RunDir, write_json
 
 MEMORY = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2)
 
@@ -34,9 +36,35 @@ def test_no_file_names_a_place_on_this_machine(make_run, adapter, format: str, t
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
+def evaluate(run: RunDir, **facts: object) -> None:
+    """What ``eval`` would have written."""
+    measured = {"base": {"loss": 2.0, "exact_match": 0.0}, "tuned": {"loss": 1.0}, "rows": 12}
+    own = {"overrides": [], "adapter_sha256": sha256(run.adapter / WEIGHTS)}
+    write_json(run.evaluation, {**own, **measured, **facts})
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"adapter_sha256": "of an earlier adapter"},
+        {"overrides": ["data.eval_path=other.jsonl"]},
+        {"overrides": ["instruction=Sort"]},
+        {"adapter_sha256": None},
+    ],
+    ids=str,
+)
+def test_a_card_has_the_runs_own_numbers(make_run, facts: dict[str, object]) -> None:
+    run, config = make_run(LoraConfig(r=4), format="lora", fidelity=False)
+    evaluate(run, **facts)
+    write_json(run.summary, {"eval": {"loss": 0.5}})
+    card = (Path(export_run(run, config)["path"]) / "README.md").read_text()
+    assert "| loss | 0.5000 |" in card
+    assert "2.0000" not in card
+
+
 def test_marker_and_card(make_run) -> None:
     run, config = make_run(MEMORY, kind="nf4", format="lora")
-    write_json(run.evaluation, {"base": {"loss": 2.0, "exact_match": 0.0}, "tuned": {"loss": 1.0}, "rows": 12})
+    evaluate(run, overrides=["evaluation=exact_match"])
     result = export_run(run, config)
     folder = Path(result["path"])
     marker = read_marker(folder)
@@ -100,6 +128,14 @@ def test_existing_destination(make_run, tmp_path: Path, monkeypatch: pytest.Monk
     export_run(run, config)
     assert not (out / "stale").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_the_folder_one_is_in_is_a_destination(make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, config = make_run(LoraConfig(r=4), format="live", path=".")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert export_run(run, config)["path"] == str(tmp_path / "empty")
+    assert (tmp_path / "empty" / "adapter_config.json").is_file()
 
 
 def test_only_an_export_is_replaced(make_run, tmp_path: Path) -> None:

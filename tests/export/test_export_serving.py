@@ -13,15 +13,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.config.data import SourceConfig
+from qmemtune.config.missing import MISSING
 from qmemtune.engine.restore import load_run
 from qmemtune.errors import RunFailed, UserError
 from qmemtune.export import export_run
 from qmemtune.export.evaluation import open_exported
 from qmemtune.export.hub import push
-from qmemtune.export.pin import check_base
+from qmemtune.export.pin import check_base, weights_digest
+from qmemtune.models.sources import resolve
 
 MEMORY = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2, temperature=9.0, init_core_std=1.0)
 PRIOR = QueryableConfig(r=4, num_atoms=3, key_dim=4, block_size=2, instruction_prior=1.0)
@@ -181,8 +185,8 @@ def test_uploads_are_private_by_default(make_run, monkeypatch) -> None:
     assert AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("chat", "ends"), [("always", ["<|im_end|>"]), ("auto", [])])
-def test_a_chat_ends_where_its_turns_end(make_run, base_folder, tmp_path, chat: str, ends: list[str]) -> None:
+@pytest.mark.parametrize("chat", ["always", "auto"])
+def test_a_merged_model_ends_where_its_rows_ended(make_run, base_folder, tmp_path, chat: str) -> None:
     """Also where the base ends texts with another token, as base models do."""
     base = tmp_path / "base"
     shutil.copytree(base_folder("llama"), base)
@@ -193,4 +197,36 @@ def test_a_chat_ends_where_its_turns_end(make_run, base_folder, tmp_path, chat: 
     file = Path(export_run(run, config)["path"]) / "generation_config.json"
     found = json.loads(file.read_text())["eos_token_id"]
     named = tokenizer.convert_ids_to_tokens(found if isinstance(found, list) else [found])
-    assert named == [tokenizer.bos_token, *ends]
+    assert named == [tokenizer.bos_token, "<|im_end|>"]
+
+
+def test_a_mixture_ends_where_its_chats_end(make_run, base_folder, tmp_path, rows) -> None:
+    """Its sets have forms of their own, and a tokenizer's end of text may be another than a turn's."""
+    base = tmp_path / "base"
+    shutil.copytree(base_folder("llama"), base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    run, config = make_run(LoraConfig(r=4), base_path=base, format="merged", fidelity=False)
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "yes"}]
+    chats.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    config.data.path = MISSING
+    config.data.sources = {"plain": SourceConfig(path=str(rows)), "chats": SourceConfig(path=str(chats))}
+    file = Path(export_run(run, config)["path"]) / "generation_config.json"
+    named = tokenizer.convert_ids_to_tokens(json.loads(file.read_text())["eos_token_id"])
+    assert named == ["<|endoftext|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("format", ["live", "lora"])
+def test_a_base_of_a_type_that_nothing_is_merged_into_is_pinned(make_run, base_folder, tmp_path, format: str) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(base_folder("llama"), base)
+    _, config = make_run(LoraConfig(r=4), base_path=base, format=format, fidelity=False)
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, file)
+    digest = weights_digest(resolve(config.model.path, None))
+    assert digest is not None
+    assert digest != weights_digest(resolve(str(base_folder("llama")), None))
