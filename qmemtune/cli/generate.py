@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmemtune.cli.options import Debug, Json, Overrides, Quiet
-from qmemtune.cli.output import Output, output
+from qmemtune.cli.output import Output, output, print_error
 from qmemtune.errors import Finding, UserError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from qmemtune.engine.restore import LoadedRun
 
+BOM = "\ufeff"
+"""What some editors put at the beginning of a file."""
 OWN_ARGUMENTS = ("prompt", "instruction")
 """Plain arguments of this verb that are no keys of the config."""
 
@@ -63,6 +65,8 @@ def generate(
         prompt = prompt if prompt is not None else given.get("prompt")
         instruction = instruction if instruction is not None else given.get("instruction")
         chat = prompt is None and file is None and sys.stdin.isatty()
+        if chat and as_json:
+            raise UserError("a chat gives no JSON", where="--json", fix="give --prompt or --file, or leave --json out")
         rows = [] if chat else list(_prompts(prompt, file))
         run, composed = load_target(rest, out, needs_data=False)
         out.working("loading the run's model")
@@ -89,6 +93,15 @@ class Speaker:
         self.instruction = instruction
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+
+    @property
+    def fields(self) -> list[str]:
+        """Fields of the run's prompt template; none without one."""
+        from qmemtune.data.examples import template
+        from qmemtune.data.mixture import first_source
+
+        text_template = template(first_source(self.loaded.config.data).prompt_template, "data.prompt_template")
+        return [] if text_template is None else text_template.fields
 
     def stream(self, prompt: Any, instruction: str | None = None) -> Iterator[str]:
         """The answer in pieces."""
@@ -134,7 +147,7 @@ def _prompts(prompt: str | None, file: Path | None) -> Iterator[dict[str, Any]]:
         raise UserError(f"cannot be read: {error}", where=where) from None
     is_jsonl = file is not None and file.suffix.lower() in (".jsonl", ".ndjson")
     # Not splitlines, which also breaks at characters that JSON has within its texts, such as U+2028.
-    rows = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    rows = [(number, line) for number, line in enumerate(text.removeprefix(BOM).split("\n"), start=1) if line.strip()]
     if not rows:
         raise UserError("holds no prompt", where=where, fix="write one prompt a line, or give --prompt")
     findings: list[Finding] = []
@@ -160,13 +173,16 @@ def _row(line: str, where: str, findings: list[Finding]) -> dict[str, Any]:
     return row
 
 
-def _asked(row: dict[str, Any]) -> tuple[Any, str | None]:
+def _asked(row: dict[str, Any], fields: Sequence[str]) -> tuple[Any, str | None]:
     """What to answer, and the text for the instruction prior where the row gives it apart.
 
     A row of other columns is one of a training file: it has all that its prompt and that text are made of.
+
+    Args:
+        fields: of the run's prompt template.
     """
     for name in ("prompt", "messages"):
-        if name in row and row.keys() <= {name, "instruction"}:
+        if name in row and row.keys() <= {name, "instruction"} and len(fields) < 2:
             instruction = row.get("instruction")
             return row[name], instruction if isinstance(instruction, str) else None
     return row, None
@@ -176,7 +192,10 @@ def _answer(speaker: Speaker, row: dict[str, Any], out: Output, *, alone: bool) 
     if not alone and not out.as_json and out.stdout.isatty():
         asked = row.get("prompt")
         out.note(f"> {asked if isinstance(asked, str) else json.dumps(row, ensure_ascii=False)}")
-    return {**row, "answer": _say(speaker.stream(*_asked(row)), out)}
+    answer = _say(speaker.stream(*_asked(row, speaker.fields)), out)
+    # A training row's own answer is what the new one is compared with.
+    own = {"reference": row["answer"]} if "answer" in row and "reference" not in row else {}
+    return {**row, **own, "answer": answer}
 
 
 def _say(pieces: Iterator[str], out: Output) -> str:
@@ -222,7 +241,15 @@ def _chat(speaker: Speaker, out: Output) -> None:
             out.note("\n(stopped)")
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": answer})
+        except UserError as error:
+            print_error(error, as_json=False, debug=out.debug)
+            messages.pop()
+            continue
+        if answer.strip():
+            messages.append({"role": "assistant", "content": answer})
+        else:
+            out.note("(no answer)")
+            messages.pop()
 
 
 def _nothing(console: Console) -> None:

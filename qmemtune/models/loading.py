@@ -75,7 +75,7 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _set_chat_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     try:
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the chat template: {error}", where="model.chat_template") from error
     try:

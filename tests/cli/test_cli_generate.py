@@ -11,6 +11,7 @@ import pytest
 
 from qmemtune.cli.app import main
 from qmemtune.config.compose import compose, to_yaml
+from qmemtune.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,33 @@ def test_jsonl_rows_and_json_answers(capsys, stdin, tmp_path):
     assert [answer["answer"] for answer in answers] == ["<one\u2028>i,256,0.0", "<two>None,256,0.0"]
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_prompt(capsys, stdin, tmp_path):
+    (tmp_path / "p.txt").write_text("one\n", encoding="utf-8-sig")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "two"}', encoding="utf-8-sig")
+    for file in ("p.txt", "p.jsonl"):
+        assert main(["generate", "--file", file]) == 0
+    assert capsys.readouterr().out == "<one>None,256,0.0\n<two>None,256,0.0\n"
+
+
+def test_the_answer_of_a_row_stays_beside_the_models(capsys, stdin, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["qmemtune.evaluation.generate"], "stream_answer", lambda *_, **__: iter(["5"]))
+    (tmp_path / "p.jsonl").write_text('{"question": "2 + 2", "answer": "4"}\n{"question": "2 + 3"}')
+    assert main(["generate", "--file", "p.jsonl", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["answers"]
+    assert first == {"question": "2 + 2", "reference": "4", "answer": "5"}
+    assert second == {"question": "2 + 3", "answer": "5"}
+
+
+@pytest.mark.parametrize("template", ["{instruction}: {prompt}", "{prompt}"])
+def test_a_template_of_several_fields_has_the_whole_row(capsys, stdin, tmp_path, monkeypatch, template):
+    asked, module = [], sys.modules["qmemtune.evaluation.generate"]
+    monkeypatch.setattr(module, "stream_answer", lambda loaded, prompt, **_: asked.append(prompt) or iter("x"))
+    row = {"instruction": "Reverse", "prompt": "a b"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    assert main(["generate", f"data.prompt_template={template}", "--file", "p.jsonl"]) == 0
+    assert asked == [row if "instruction" in template else "a b"]
+
+
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
@@ -112,6 +140,28 @@ def test_bad_files_are_named(capsys, stdin, tmp_path, text, problem):
 
 def test_two_sources_of_prompts_are_refused(capsys, stdin):
     assert main(["generate", "--prompt", "a", "--file", "b"]) == 2
+
+
+def test_a_chat_has_no_json(capsys, stdin):
+    stdin("one\n", terminal=True)
+    assert main(["generate", "--json"]) == 2
+    assert "a chat gives no JSON" in json.loads(capsys.readouterr().out)["error"]["problem"]
+
+
+def test_a_chat_goes_on_after_no_answer_and_after_a_mistake(capsys, stdin, monkeypatch):
+    def stream_answer(loaded, messages, **_):
+        last = messages[-1]["content"]
+        if last == "bad":
+            raise UserError("cannot be rendered", where="prompt")
+        yield "" if last == "quiet" else " | ".join(message["content"] for message in messages)
+
+    monkeypatch.setattr(sys.modules["qmemtune.evaluation.generate"], "stream_answer", stream_answer)
+    stdin("one\nquiet\nbad\ntwo\n", terminal=True)
+    assert main(["generate", "data.format=messages"]) == 0
+    found = capsys.readouterr()
+    assert "one | one | two" in found.out
+    assert "(no answer)" in found.err
+    assert "cannot be rendered" in found.err
 
 
 def test_chat_takes_each_line_alone_unless_trained_on_conversations(capsys, stdin):

@@ -27,6 +27,13 @@ def test_own_pad_token_stays(tiny_llama_dir: Path) -> None:
     assert tokenizer.chat_template
 
 
+def test_a_mark_at_the_beginning_of_a_template_is_no_part_of_it(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8-sig")
+    tokenizer = load_tokenizer(ModelConfig(path=str(tiny_llama_dir), chat_template=str(file)))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
