@@ -100,6 +100,11 @@ def write_report(found: dict[str, Any], path: Path) -> dict[str, Any]:
 def renew_readme(stem: str, path: Path | None) -> dict[str, Any]:
     """Copy a study's results into the repository and renew README.md, both in the working folder.
 
+    Args:
+        stem: what the study is called.
+        path: its folder, after whose name its results are kept, beside those of the same study with other variants;
+            the study's own if not given.
+
     Raises:
         UserError: the study has no results, or README.md has no place for them.
     """
@@ -108,8 +113,9 @@ def renew_readme(stem: str, path: Path | None) -> dict[str, Any]:
     from qmemtune.study.options import FOLDERS
     from qmemtune.study.readme import STORED, update
 
-    stored, readme = STORED / f"{stem}.json", Path("README.md")
-    write_json(stored, read_json(StudyDir(path or FOLDERS / stem).summary))
+    folder, readme = path or FOLDERS / stem, Path("README.md")
+    stored = STORED / f"{folder.absolute().name}.json"
+    write_json(stored, read_json(StudyDir(folder).summary))
     return {"stored": str(stored), "readme": str(readme), "changed": update(readme, STORED)}
 
 

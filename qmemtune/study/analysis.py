@@ -183,26 +183,31 @@ def stability(plan: Plan, setting: Setting, known: Mapping[Any, Result]) -> list
         if not whole or len(plan.learning_rates) < 2:
             continue
         losses = {seed: [final_loss(run) for run in runs] for seed, runs in whole.items()}
+        # A run that diverged has no loss where its base's was not measured.
         finite = {seed: [v for v in row if v is not None] for seed, row in losses.items()}
-        ranges[variant.name] = {seed: interquartile_range(row) for seed, row in finite.items() if len(row) > 1}
+        ranges[variant.name] = own = {seed: interquartile_range(row) for seed, row in finite.items() if len(row) > 1}
+        columns = [[v for v in column if v is not None] for column in zip(*losses.values(), strict=True)]
+        by_rate = [fmean(column) if column else None for column in columns]
+        means = {rate: loss for rate, loss in zip(plan.learning_rates, by_rate, strict=True) if loss is not None}
+        if not means or not own:
+            continue
         runs = [run for row in whole.values() for run in row]
-        by_rate = [fmean(column) for column in zip(*finite.values(), strict=True)]
         entries.append(
             {
                 "setting": setting.name,
                 "variant": variant.name,
                 "seeds": len(whole),
-                "iqr": fmean(ranges[variant.name].values()),
+                "iqr": fmean(own.values()),
                 "diverged": sum(map(diverged, runs)) / len(runs),
                 "loss_by_learning_rate": by_rate,
-                "best_learning_rate": plan.learning_rates[by_rate.index(min(by_rate))],
-                "best_loss": min(by_rate),
-                "worst_loss": max(by_rate),
+                "best_learning_rate": min(means, key=lambda rate: means[rate]),
+                "best_loss": min(means.values()),
+                "worst_loss": max(means.values()),
             }
         )
         base = ranges.get(plan.variants[0].name, {})
-        both = sorted(set(base) & set(ranges[variant.name]))
-        entries[-1]["iqr_difference"] = mean_interval([ranges[variant.name][seed] - base[seed] for seed in both])
+        both = sorted(set(base) & set(own))
+        entries[-1]["iqr_difference"] = mean_interval([own[seed] - base[seed] for seed in both])
     return entries
 
 

@@ -64,7 +64,7 @@ def read_request(arguments: Sequence[str]) -> Request:
                 setattr(request.options, key.removeprefix(PREFIX), _value(value, hints[key.removeprefix(PREFIX)]))
             except BadValue as bad:
                 findings.append(Finding(bad.problem, argument, bad.fix))
-        elif (own := key.partition(".")[0]) in THE_STUDYS_OWN:
+        elif (own := re.split("[.=]", variant[2] if variant else argument)[0]) in THE_STUDYS_OWN:
             findings.append(Finding("a study sets this itself", argument, THE_STUDYS_OWN[own]))
         elif variant is not None:
             request.for_variants.setdefault(variant[1], []).append(variant[2])

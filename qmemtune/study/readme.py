@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,20 @@ STORED = Path("benchmarks/studies")
 
 def section(folder: Path) -> str:
     """The section's text: one table a study, by name of its file."""
-    parts = [study_section(read_json(file)) for file in sorted(folder.glob("*.json"))]
+    studies = [read_json(file) for file in sorted(folder.glob("*.json"))]
+    titles = Counter(study["title"] for study in studies)
+    parts = [study_section(study, among_others=titles[study["title"]] > 1) for study in studies]
     if parts:
         parts.append(STATISTICS)
     return "\n\n".join([BEGIN, *parts, END])
 
 
-def study_section(study: Mapping[str, Any]) -> str:
-    """One study in short."""
+def study_section(study: Mapping[str, Any], *, among_others: bool) -> str:
+    """One study in short.
+
+    Args:
+        among_others: whether another of the same title is shown too, with other variants.
+    """
     metrics = study["metrics"]
     head = ["setting", "variant", "parameters"]
     for metric in metrics:
@@ -51,7 +58,10 @@ def study_section(study: Mapping[str, Any]) -> str:
     if study["stability"]:
         lines.append(stability_line(study))
     # Folded where the page is rendered, so that what was found is not lost among the tables.
-    return "\n\n".join([f"<details><summary><b>{study['title']}</b></summary>", *lines, "</details>"])
+    title = study["title"]
+    if among_others:
+        title += ": " + ", ".join(variant["name"] for variant in study["variants"])
+    return "\n\n".join([f"<details><summary><b>{title}</b></summary>", *lines, "</details>"])
 
 
 def stability_line(study: Mapping[str, Any]) -> str:

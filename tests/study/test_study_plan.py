@@ -72,6 +72,8 @@ def test_a_new_variant_is_like_a_known_one_with_changes():
         (["study.jobs=0"], "at least 1"),
         (["seed=3"], r"study\.seeds"),
         (["run_dir=x"], r"study_dir"),
+        (["lora:seed=3"], r"study\.seeds"),
+        (["lora:resume.path=auto"], "goes on where it stopped"),
         (["quaryable:adapter.r=3"], r"did you mean queryable\?"),
         (["more:querable", "study.variants=[more]"], r"did you mean queryable\?"),
         (["trainer.max_step=3"], r"did you mean trainer\.max_steps\?"),

@@ -21,7 +21,7 @@ from qmemtune.study.design import EXACT_MATCH, LOSS, ROW_ACCURACY
 from qmemtune.study.options import read_request
 from qmemtune.study.readme import BEGIN, END, section, update
 from qmemtune.study.run import plan_study, worker_pool
-from qmemtune.study.tables import main_table, markdown, number
+from qmemtune.study.tables import grid_table, main_table, markdown, number
 
 SMALL = [
     "data.regression.rows=64", "data.regression.heldout_rows=64", "model.mlp.width=8", "model.mlp.depth=2",
@@ -177,6 +177,34 @@ def test_tables_have_the_studys_own_learning_rate_whatever_seeds_the_grid_has(se
         assert f"| {number(own[entry['variant']])} |" in main_table(found, "ample")
 
 
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        # One of the rates diverged on one seed, without a base's loss to count with.
+        ({0: [None, 0.8, 0.4], 1: [0.9, 0.7, 0.5]}, 0.1),
+        ({0: [None, 0.85, 0.45], 1: [None, 0.85, 0.45]}, 0.1),
+        ({0: [0.3, 0.85, None], 1: [0.5, None, 0.8]}, 0.001),
+        ({0: [None, None, None], 1: [None, None, None]}, None),
+    ],
+)
+def test_a_grid_has_each_loss_at_its_own_rate(losses, best):
+    request = read_request(["study.settings=[ample]", "study.seeds=[5]", "study.grid_seeds=[0, 1]",
+                            "study.learning_rates=[0.001, 0.01, 0.1]"])  # fmt: skip
+    plan, _ = plan_study("regression", request)
+
+    def result(cell):
+        loss = 1.0 if cell.seed == 5 else losses[cell.seed][plan.learning_rates.index(cell.learning_rate)]
+        facts = {name: getattr(cell, name) for name in ("setting", "variant", "seed", "learning_rate", "digest")}
+        return {**facts, "diverged": loss is None, "base_loss": None, "seconds": 1.0, "metrics": {"loss": loss}}
+
+    found = analyse(plan, [result(cell) for cell in plan.cells], [])
+    assert [entry["best_learning_rate"] for entry in found["stability"]] == ([] if best is None else [best, best])
+    for entry in found["stability"]:
+        of_rate = entry["loss_by_learning_rate"][plan.learning_rates.index(best)]
+        assert of_rate == entry["best_loss"] == min(v for v in entry["loss_by_learning_rate"] if v is not None)
+    assert grid_table(found)
+
+
 def test_the_readme_section_is_made_of_the_stored_results(done, tmp_path):
     stored, readme = tmp_path / "stored", tmp_path / "README.md"
     stored.mkdir()
@@ -186,6 +214,18 @@ def test_the_readme_section_is_made_of_the_stored_results(done, tmp_path):
     assert not update(readme, stored)
     assert readme.read_text() == f"before\n{section(stored)}\nafter\n"
     assert "Noisy regression" in readme.read_text()
+
+
+def test_results_of_other_variants_are_kept_beside_after_the_name_of_their_folder(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = tmp_path / "benchmarks" / "studies"
+    stored.mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    (stored / "regression.json").write_bytes((done / "study.json").read_bytes())
+    (tmp_path / "methods").symlink_to(done)
+    assert main(["study", "regression", "--readme", f"study_dir={tmp_path / 'methods'}"]) == 0
+    assert {file.name for file in stored.iterdir()} == {"regression.json", "methods.json"}
+    assert (tmp_path / "README.md").read_text().count("<b>Noisy regression: lora, queryable</b>") == 2
 
 
 def test_what_a_run_does_to_its_base_reaches_no_other():
