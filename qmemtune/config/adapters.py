@@ -15,7 +15,8 @@ class AdapterConfig:
     r: int = 16
     """Rank of the low-rank factors."""
     alpha: float | None = None
-    """Scale: updates are multiplied by alpha / r; twice r if not set."""
+    """Scale: updates are multiplied by alpha / r (by alpha / sqrt(r) with rslora); if not set twice r, and PEFT's own
+    value for its other methods."""
     dropout: float = 0.0
     """Dropout on the adapter's input during training."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
@@ -49,7 +50,7 @@ class QueryableConfig(AdapterConfig):
     key_dim: int = 16
     """Width of queries and keys."""
     block_size: int = 5
-    """Decoder layers that share one route."""
+    """Decoder layers, or linear layers of a regression's network, that share one route."""
     top_k: int | None = None
     """Atoms kept for a token; all if not set."""
     temperature: float = 1.0

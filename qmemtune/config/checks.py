@@ -55,8 +55,9 @@ def targets(c: Config) -> Iterator[Problem]:
 def lora_init(c: Config) -> Iterator[Problem]:
     if not isinstance(c.adapter, LoraConfig):
         return
-    if c.adapter.init == "pissa" and c.quantization.kind != "none":
-        yield "adapter.init", "pissa decomposes full-precision weights", "set quantization=none, or adapter.init=olora"
+    if c.adapter.init in ("pissa", "olora") and c.quantization.kind != "none":
+        problem = f"{c.adapter.init} decomposes full-precision weights"
+        yield "adapter.init", problem, "set quantization=none, or adapter.init=default"
     if c.adapter.init == "orthogonal" and c.adapter.r % 2:
         yield "adapter.init", f"orthogonal needs an even rank, not {c.adapter.r}", f"set adapter.r={c.adapter.r + 1}"
 

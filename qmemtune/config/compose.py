@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.checks import cross_field_problems
 from qmemtune.config.defaults import Reachable
 from qmemtune.config.dump import to_dict, to_yaml
@@ -36,12 +37,15 @@ from qmemtune.config.unused import unused_options
 from qmemtune.config.validate import Validated, source_of, validate
 from qmemtune.config.yaml_file import read_yaml
 from qmemtune.errors import Finding, UserError
+from qmemtune.rundir import RunDir
 
 __all__ = ["Composed", "compose", "load_resolved", "to_dict", "to_yaml"]
 
 NO_RECIPE = "custom"
 MOVABLE = "adapter.prior_encoder"
 """The only adapter option of a finished run that may be given anew: the folder may have moved, its content is known."""
+Excused = Callable[[str, Config], bool]
+"""Takes the key of a problem and the config; whether the problem is none here."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,24 @@ def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = Tr
         given.findings.append(
             Finding("a run keeps its recipe", f"recipe={given.recipe}", "leave it out, or give single groups and keys")
         )
-    return _compose_on(renamed(file.settings), given, False, quiet=shown(path), needs_data=needs_data)
+    moved = MOVABLE in {setting.key for setting in given.settings}
+
+    def excused(key: str, config: Config) -> bool:
+        if key == MOVABLE and not moved and isinstance(config.adapter, QueryableConfig):
+            return (RunDir(path.parent).adapter / Path(config.adapter.prior_encoder).name).is_dir()
+        return is_data_path(key) and not needs_data
+
+    return _compose_on(renamed(file.settings), given, False, quiet=shown(path), excused=excused)
 
 
 def _compose_on(
-    start: list[Setting], given: Overrides, allow_missing: bool, *, quiet: str, needs_data: bool = True
+    start: list[Setting], given: Overrides, allow_missing: bool, *, quiet: str, excused: Excused | None = None
 ) -> Composed:
     """Settings, then the groups of the command line in place of their sections, then the rest."""
     layers = _compose_files(None, given)
     replaced = tuple(f"{group}." for group in (*given.groups, *given.removed_groups))
     kept = [setting for setting in start if not (replaced and setting.key.startswith(replaced))]
-    return _finish([*kept, *layers], given, allow_missing, quiet=quiet, needs_data=needs_data)
+    return _finish([*kept, *layers], given, allow_missing, quiet=quiet, excused=excused)
 
 
 def _finish(
@@ -136,7 +147,7 @@ def _finish(
     allow_missing: bool,
     *,
     quiet: str | None = None,
-    needs_data: bool = True,
+    excused: Excused | None = None,
 ) -> Composed:
     result = validate([*layers, *resets(layers, given.settings), *given.settings])
     findings = [*given.findings, *result.findings]
@@ -145,7 +156,11 @@ def _finish(
     # Checks across fields only make sense of values that are themselves in order.
     if not result.findings:
         problems = cross_field_problems(result.config)
-        findings += [_finding(*problem, result) for problem in problems if needs_data or not is_data_path(problem[0])]
+        findings += [
+            _finding(*problem, result)
+            for problem in problems
+            if excused is None or not excused(problem[0], result.config)
+        ]
     if findings:
         raise UserError.many(list(dict.fromkeys(findings)))
     provenance = {key: source_of(result.history, key) for key in _all_keys(result)}

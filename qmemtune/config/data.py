@@ -101,13 +101,16 @@ class DataConfig:
     """Tokens in the loss: the completion (in a chat every assistant turn without weight: 0), in a chat only the last
     assistant turn, or all of them."""
     instruction: Literal["user", "system", "column", "none"] = "user"
-    """Text given to the instruction prior: first user turn or prompt, system prompt, a mapped column, or none."""
+    """Text given to the instruction prior. user: the instruction column of alpaca and prompt_completion rows, the
+    prompt where there is none, the first user turn of a chat; system: the system prompt; column: the instruction column
+    of any form, or the one that columns.instruction names; or none."""
     max_length: int = 1024
     """Longest row, in tokens; what is over is cut at the end and counted."""
     eval_fraction: float = 0.05
     """Share of the rows held out when there is no eval_path (0 holds none out)."""
     split_seed: int = 0
-    """Seed of that split, apart from the run's seed so that runs can be compared."""
+    """Seed of that split, and of which rows stand for the fraction of a source's weight; apart from the run's seed, so
+    that runs can be compared."""
     max_train_rows: int | None = None
     """Use at most so many training rows (the first ones after the split)."""
     max_eval_rows: int | None = None

@@ -14,7 +14,8 @@ class ExactMatchConfig:
     every_steps: int | None = None
     """During training, every so many optimizer steps; if not set, at the end only."""
     answer_pattern: str | None = None
-    """Regular expression whose first group (or whole match) is the answer, in the output and in the reference."""
+    """Regular expression whose last match's first group (or whole match) is the answer, in the output and in the
+    reference."""
     max_new_tokens: int = 64
     """Longest generated answer, in tokens."""
     max_rows: int | None = None

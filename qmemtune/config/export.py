@@ -42,9 +42,11 @@ class ExportConfig:
     fidelity: bool = True
     """Load the export back and compare it with the live model; off, the model card says that nothing was measured."""
     fidelity_rows: int = 32
-    """Held-out rows on which the exported model is compared with the live one."""
+    """Held-out rows on which loss and token distributions of the exported model are compared with the live one's; for
+    exact match it is evaluation.exact_match.max_rows."""
     max_kl: float = 0.05
-    """Refuse an export whose mean KL(live || exported) is larger (nats a token)."""
+    """Refuse an export whose mean KL(live || exported) is larger (nats a token); a fold below a fiftieth of it is not
+    distilled."""
     max_loss_increase: float = 0.05
     """Refuse an export whose held-out loss is above the live model's by more (nats a token)."""
     gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = None

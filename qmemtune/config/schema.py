@@ -25,7 +25,7 @@ class TrackingConfig:
     backends: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Where metrics go too (needs the extra `tracking`)."""
     project: str = "qmemtune"
-    """Project name at the back-end."""
+    """Project name at wandb and trackio; WANDB_PROJECT of the environment holds where this is left as it is."""
     name: str | None = None
     """Run name at the back-end; the run folder's name if not set."""
 

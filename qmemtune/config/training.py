@@ -47,7 +47,8 @@ class TrainerConfig:
     padding_free: bool | None = None
     """Put the rows of a batch one behind the other, kept apart in attention, positions, routes and loss, so that
     nothing is padded and batches can be of rows at random. If not set: on a CPU, where the model's attention goes row
-    by row; not with routes of whole rows, nor with trainer.compile."""
+    by row, and with packing and flash attention anywhere; not with routes of whole rows, reentrant checkpointing, or
+    trainer.compile on a CPU. A resumed run keeps the form in which it began."""
     length_grouping: bool | None = None
     """Put rows of like length into one batch, so that little is padded. If not set: where rows are padded."""
     packing: bool = False

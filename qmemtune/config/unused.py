@@ -59,11 +59,13 @@ def _data(c: Config) -> dict[str, str]:
         if is_here(source.path):
             reasons[f"data.sources.{name}.name"] = f"{source.path} is no hub data set"
     if data.eval_path is not None:
-        reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_path gives the held-out rows"
+        reasons["data.eval_fraction"] = "data.eval_path gives the held-out rows"
     elif data.eval_split is not None and "data.eval_split" not in reasons:
-        reasons["data.eval_fraction"] = reasons["data.split_seed"] = "data.eval_split gives the held-out rows"
+        reasons["data.eval_fraction"] = "data.eval_split gives the held-out rows"
     elif data.path.startswith("generated:"):
-        reasons["data.eval_fraction"] = reasons["data.split_seed"] = f"{data.path} brings its held-out rows"
+        reasons["data.eval_fraction"] = f"{data.path} brings its held-out rows"
+    if "data.eval_fraction" in reasons and all(source.weight % 1 == 0 for source in data.sources.values()):
+        reasons["data.split_seed"] = reasons["data.eval_fraction"]
     if data.format in CONVERSATIONS:
         for name in ("prompt_template", "completion_template"):
             reasons[f"data.{name}"] = f"{data.format} rows are rendered by the chat template"
@@ -181,6 +183,7 @@ def _export(c: Config) -> dict[str, str]:
     if export.push_to_hub is None:
         reasons["export.push_public"] = "export.push_to_hub is not set"
     if not export.fidelity:
-        for name in ("fidelity_rows", "max_kl", "max_loss_increase"):
+        distills = folded and export.fold == "distill"
+        for name in ("fidelity_rows", "max_loss_increase", *(() if distills else ("max_kl",))):
             reasons[f"export.{name}"] = "export.fidelity is false"
     return reasons

@@ -137,6 +137,7 @@ def preflight(
     steps = None
     if rows is not None:
         steps = count_steps(len(rows.train), config.trainer, config.optimizer, world_size=world_size)
+        found.attempt(partial(check_warmup, config, steps))
     if model is not None and steps is not None and opened is not None:
         sharded = args is not None and is_sharded(args)
         check_start(config, opened, model, steps, found, world_size=world_size, sharded=sharded)
@@ -188,6 +189,18 @@ def load_rows(config: Config, rejected: Path | None, loads: Loads, found: Findin
         return None
     packing = config.trainer.packing
     return Rows(data, PackedRows(data.train, config.data.max_length) if packing else data.train, tokenizer)
+
+
+def check_warmup(config: Config, steps: StepCount) -> None:
+    """Raise UserError for a warm-up after which no step is left: the learning rate would never be reached."""
+    given = config.optimizer.warmup_steps
+    if given < 1 or steps.warmup < steps.total or config.optimizer.schedule == "constant":
+        return
+    raise UserError(
+        f"the warm-up of {steps.warmup} steps does not end within the run's {steps.total} steps",
+        where="optimizer.warmup_steps",
+        fix="lower it, or give a share below 1",
+    )
 
 
 def refuse_routed_head(model: PeftModel) -> None:

@@ -41,12 +41,17 @@ def use_folder(config: TrackingConfig, run: RunDir) -> None:
     """Let the back-ends write into the run folder, unless the user's environment says where."""
     for name in config.backends:
         run.tracking.mkdir(parents=True, exist_ok=True)
-        variable = FOLDERS[name]
-        if os.environ.get(variable) in (None, *_set_here):
-            os.environ[variable] = str(run.tracking)
-            _set_here.add(str(run.tracking))
+        _say(FOLDERS[name], str(run.tracking))
     if "wandb" in config.backends:
-        os.environ.setdefault("WANDB_PROJECT", config.project)
+        # What a config says comes before the environment, which comes before the project's default.
+        _say("WANDB_PROJECT", config.project, over_all=config.project != TrackingConfig.project)
+
+
+def _say(variable: str, value: str, *, over_all: bool = False) -> None:
+    """Set a variable of the environment; the user's own stays, unless over all."""
+    if over_all or os.environ.get(variable) in (None, *_set_here):
+        os.environ[variable] = value
+        _set_here.add(value)
 
 
 class Backend(TrainerCallback):

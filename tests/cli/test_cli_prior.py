@@ -58,6 +58,11 @@ def test_an_encoder_that_moved_is_given_anew(trained, call):
     losses = [report["tuned"]["loss"] for report in (own, other, none)]
     assert len(set(losses)) == 3
     assert {report["base"]["loss"] for report in (own, other, none)} == {own["base"]["loss"]}
+    copied = shutil.copytree(trained / "run", trained / "whole")
+    shutil.copytree(trained / "moved", copied / "adapter" / "encoder")
+    assert call("eval", f"run_dir={copied}")["tuned"]["loss"] == own["tuned"]["loss"]
+    error = call("eval", f"run_dir={copied}", "adapter.prior_encoder=./nowhere", code=2)["error"]
+    assert "does not exist" in error["problem"]
 
 
 def test_an_exported_adapter_names_its_encoder_and_finds_it_beside_its_weights(trained, call, tiny_llama_dir):

@@ -9,6 +9,7 @@ from qmemtune.errors import UserError
 
 BASE = ["model.path=a/b", "data.path=c/d"]
 QUERYABLE = [*BASE, "adapter=queryable"]
+SOURCES = ["~data.path", "data.sources.a.path=e/f"]
 REGRESSION = ["model.path=generated:mlp", "data.path=generated:noisy_regression"]
 
 
@@ -62,6 +63,14 @@ def test_what_cannot_work_is_refused(overrides, problem):
     assert any(finding.where in overrides or "(default)" in finding.where for finding in caught.value.findings)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_way_out_of_an_initialisation_leads_out(init):
+    with pytest.raises(UserError) as caught:
+        compose([*BASE, "quantization=nf4", f"adapter.init={init}"])
+    assert caught.value.findings[0].fix == "set quantization=none, or adapter.init=default"
+    compose([*BASE, "quantization=nf4", "adapter.init=default"])
+
+
 def test_checks_report_together():
     with pytest.raises(UserError) as caught:
         compose([*QUERYABLE, "adapter.top_k=99", "adapter.r=0", "trainer.keep_best=true"])
@@ -73,6 +82,8 @@ def test_checks_report_together():
     [
         (["data.path=generated:word_lists", "data.split=test"], "data.split"),
         (["data.eval_path=e/f", "data.eval_fraction=0.1"], "data.eval_fraction"),
+        (["data.eval_path=e/f", "data.split_seed=1"], "data.split_seed"),
+        ([*SOURCES, "data.sources.a.weight=2", "data.eval_path=e/f", "data.split_seed=1"], "data.split_seed"),
         (["evaluation.exact_match.max_rows=5"], "evaluation.exact_match.max_rows"),
         (["evaluation.samples.count=5"], "evaluation.samples.count"),
         (["evaluation.tasks_limit=5"], "evaluation.tasks_limit"),
@@ -88,6 +99,7 @@ def test_checks_report_together():
         (["tracking.project=x"], "tracking.project"),
         (["export.format=lora", "export.dtype=float32"], "export.dtype"),
         (["export.calibration_rows=5"], "export.calibration_rows"),
+        (["export.fidelity=false", "export.max_kl=0.1"], "export.max_kl"),
         (["data.format=messages", "data.prompt_template={x}"], "data.prompt_template"),
         (["model.mlp.width=5"], "model.mlp.width"),
         (["data.regression.noise_std=0.1"], "data.regression.noise_std"),
@@ -125,6 +137,19 @@ def test_folders_and_hub_data_sets_have_splits_and_files_have_none(tmp_path, mon
     (tmp_path / "rows.jsonl").write_text("{}")
     warnings = compose([*BASE, *overrides]).warnings
     assert [line.split(": ")[1].removesuffix(" has no effect") for line in warnings] == unused
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*SOURCES, "data.sources.a.weight=0.5", "data.eval_path=e/f", "data.split_seed=1"],
+        [*SOURCES, "data.sources.a.weight=2.5", "data.eval_path=e/f", "data.split_seed=1"],
+        [*QUERYABLE, "export.fidelity=false", "export.max_kl=0.1"],
+    ],
+    ids=["half of a set", "two and a half", "whether to distil"],
+)
+def test_what_has_another_effect_yet_is_not_warned_about(overrides):
+    assert compose([*BASE, *overrides]).warnings == []
 
 
 def test_a_system_prompt_has_its_effect_without_a_chat_template():

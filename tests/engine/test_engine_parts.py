@@ -161,6 +161,38 @@ def test_a_missing_backend_names_the_extra(monkeypatch):
         tracking.check_backends(TrackingConfig(backends=["wandb"]))
 
 
+@pytest.mark.parametrize(
+    ("environment", "project", "expected"),
+    [
+        (None, "qmemtune", "qmemtune"),
+        ("theirs", "qmemtune", "theirs"),
+        ("theirs", "mine", "mine"),
+        (None, "mine", "mine"),
+    ],
+)
+def test_a_project_is_the_configs_then_the_environments(monkeypatch, tmp_path, environment, project, expected):
+    monkeypatch.setattr(tracking, "_set_here", set())
+    monkeypatch.setenv("WANDB_DIR", "x")
+    monkeypatch.setenv("WANDB_PROJECT", environment or "")
+    if environment is None:
+        monkeypatch.delenv("WANDB_PROJECT")
+    tracking.use_folder(TrackingConfig(backends=["wandb"], project=project), RunDir(tmp_path))
+    assert os.environ["WANDB_PROJECT"] == expected
+    assert os.environ["WANDB_DIR"] == "x"
+
+
+def test_a_later_run_of_the_same_process_has_its_own_project_and_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tracking, "_set_here", set())
+    monkeypatch.setenv("WANDB_DIR", "")
+    monkeypatch.delenv("WANDB_DIR")
+    monkeypatch.setenv("WANDB_PROJECT", "")
+    monkeypatch.delenv("WANDB_PROJECT")
+    for project in ("first", "qmemtune"):
+        tracking.use_folder(TrackingConfig(backends=["wandb"], project=project), RunDir(tmp_path / project))
+        assert os.environ["WANDB_PROJECT"] == project
+        assert os.environ["WANDB_DIR"] == str(tmp_path / project / "tracking")
+
+
 def test_the_first_signal_asks_and_handlers_come_back():
     before = signal.getsignal(signal.SIGINT)
     with listening() as request:

@@ -67,6 +67,13 @@ def test_only_lora_may_be_in_the_output_head(run_config, adapter):
         plan(made)
 
 
+def test_a_warm_up_that_outlasts_the_epochs_is_refused(run_config):
+    with pytest.raises(UserError, match=r"warm-up of 8 steps does not end within the run's 8 steps"):
+        plan(run_config("trainer.num_train_epochs=2", "optimizer.warmup_steps=8"))
+    plan(run_config("trainer.num_train_epochs=2", "optimizer.warmup_steps=7"))
+    plan(run_config("trainer.num_train_epochs=0.1"))
+
+
 def test_a_full_disk_is_found_out(run_config, monkeypatch):
     usage = namedtuple("D", "total used free")(10, 10, 1000)
     monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda path: usage)
