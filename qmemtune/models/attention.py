@@ -194,12 +194,13 @@ def training_attention(*, written_out: bool = True) -> Iterator[None]:
         if spans is None:
             if attention_mask is not None and is_bare(attention_mask):
                 raise RuntimeError("rows of one sequence would see each other: their mask came without the rows")
-            kept = may_keep(query, [query.shape[2]] * len(query))
+            (kept,) = may_keep(query, [len(query) * query.shape[2] ** 2])
             return one_call(module, query, key, value, attention_mask, options, kept), None
-        kept = may_keep(query, [span.lengths[0] for span in spans if span.slots is None])
+        # Weights of short neighbours are not counted.
+        keeps = may_keep(query, [span.lengths[0] ** 2 if span.slots is None else 0 for span in spans])
         lengths = [sum(span.lengths) for span in spans]
-        parts = zip(*(parts_of(tensor, lengths) for tensor in (query, key, value)), spans, strict=True)
-        made = [over_span(module, q, k, v, span, options, kept) for q, k, v, span in parts]
+        parts = zip(*(parts_of(tensor, lengths) for tensor in (query, key, value)), spans, keeps, strict=True)
+        made = [over_span(module, q, k, v, span, options, kept) for q, k, v, span, kept in parts]
         return one_behind_the_other(made), None
 
     ALL_ATTENTION_FUNCTIONS[KERNEL] = attention

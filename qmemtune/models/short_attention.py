@@ -3,10 +3,10 @@
 Letters: B rows, H query heads, G key heads, Q query heads a key head, T tokens, N tokens of a sequence, D head width.
 
 torch's fused kernel is made for long rows, and for many of them; four batched products written out are faster over
-short ones. What they cost are the T x T weights, which the fused kernel never holds: so a layer whose weights take more
-than a limit is left to it (in bfloat16 to :mod:`qmemtune.models.row_attention`). Short neighbours of a sequence are
-padded for such a call, and only for it; their weights take no more than a query whose heads are as wide as the longest
-of them. Forward and backward of a layer, 9 heads of width 64 of which 3 are key heads, in ms:
+short ones. What they cost are the T x T weights, which the fused kernel never holds: so calls whose weights would go
+beyond a layer's limit are left to it (in bfloat16 to :mod:`qmemtune.models.row_attention`). Short neighbours of a
+sequence are padded for such a call, and only for it; their weights take no more than a query whose heads are as wide as
+the longest of them. Forward and backward of a layer, 9 heads of width 64 of which 3 are key heads, in ms:
 
 =========================  ======  ==========  =============  =======================  ================
 machine                    rows    fused, and  written out,   one behind the other,    written out over
@@ -192,9 +192,19 @@ def is_short(module: nn.Module, query: Tensor, mask: Tensor | None, options: dic
     return mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2:] == (tokens, tokens)
 
 
-def may_keep(query: Tensor, lengths: Sequence[int]) -> bool:
-    """Whether the weights of a layer's rows of these lengths, in tokens, are below the limit."""
-    return query.shape[1] * sum(tokens**2 for tokens in lengths) * query.element_size() <= MOST_BYTES
+def may_keep(query: Tensor, pairs: Sequence[int]) -> list[bool]:
+    """Which of a layer's calls may keep their weights: in their order those that stay below the limit together.
+
+    Args:
+        query: of the layer, (B, H, N, D).
+        pairs: of a query and a key in each call.
+    """
+    left, kept = MOST_BYTES, []
+    for count in pairs:
+        own = query.shape[1] * count * query.element_size()
+        kept.append(own <= left)
+        left -= own if kept[-1] else 0
+    return kept
 
 
 def scale_of(query: Tensor, options: dict[str, Any]) -> float:

@@ -144,12 +144,15 @@ def test_it_stands_aside_where_it_is_not_meant(calls: list[int], monkeypatch: py
     assert not calls
 
 
-def test_the_limit_is_for_all_long_rows_of_a_sequence(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_long_rows_of_a_sequence_keep_their_weights_as_fit(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "SHORT", 0)
     ids = torch.arange(1, 25)[None]
     positions = torch.cat([torch.arange(12), torch.arange(12)])[None]
     # Two layers; 4 heads, two rows of 12 tokens, 2 bytes.
-    for limit, expected in ((2 * 4 * 12 * 12 * 2, 4), (2 * 4 * 12 * 12 * 2 - 1, 0)):
+    row = 4 * 12 * 12 * 2
+    for limit, expected in ((2 * row, 4), (2 * row - 1, 2), (row, 2), (row - 1, 0)):
         monkeypatch.setattr(short_attention, "MOST_BYTES", limit)
         with training_attention(), attention.rows_of([12, 12]):
             model()(input_ids=ids, position_ids=positions, use_cache=False)
