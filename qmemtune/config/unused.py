@@ -64,7 +64,9 @@ def _data(c: Config) -> dict[str, str]:
         reasons["data.eval_fraction"] = "data.eval_split gives the held-out rows"
     elif data.path.startswith("generated:"):
         reasons["data.eval_fraction"] = f"{data.path} brings its held-out rows"
-    if "data.eval_fraction" in reasons and all(source.weight % 1 == 0 for source in data.sources.values()):
+    # It also says which rows stand for a part of a set.
+    in_parts = any(source.weight % 1 or data.max_train_rows is not None for source in data.sources.values())
+    if "data.eval_fraction" in reasons and not in_parts:
         reasons["data.split_seed"] = reasons["data.eval_fraction"]
     if data.format in CONVERSATIONS:
         for name in ("prompt_template", "completion_template"):

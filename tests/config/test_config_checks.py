@@ -144,9 +144,10 @@ def test_folders_and_hub_data_sets_have_splits_and_files_have_none(tmp_path, mon
     [
         [*SOURCES, "data.sources.a.weight=0.5", "data.eval_path=e/f", "data.split_seed=1"],
         [*SOURCES, "data.sources.a.weight=2.5", "data.eval_path=e/f", "data.split_seed=1"],
+        [*SOURCES, "data.sources.a.weight=2", "data.max_train_rows=9", "data.eval_path=e/f", "data.split_seed=1"],
         [*QUERYABLE, "export.fidelity=false", "export.max_kl=0.1"],
     ],
-    ids=["half of a set", "two and a half", "whether to distil"],
+    ids=["half of a set", "two and a half", "part of a set", "whether to distil"],
 )
 def test_what_has_another_effect_yet_is_not_warned_about(overrides):
     assert compose([*BASE, *overrides]).warnings == []
