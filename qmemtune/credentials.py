@@ -12,7 +12,10 @@ SHORTEST = 8
 _NAMES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD|ACCESS_?KEY)$", re.I)
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\b(?:sk|gh[opsu]|glpat|wandb_v1)[-_][A-Za-z0-9_-]{20,}"  # OpenAI, GitHub, GitLab, Weights & Biases
+    r"|\bgh[opsu]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}"  # GitHub
+    r"|\bwandb_v1_[A-Za-z0-9_]{20,}"  # Weights & Biases
+    # OpenAI and others, GitLab: 16 letters and digits in a row, some of each kind, as no file's name has them.
+    r"|\b(?:sk|glpat)-(?:[a-z0-9]+-)*(?=[\w-]*[A-Z])(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}"
     r"|\bAKIA[A-Z0-9]{16}\b"  # Amazon
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)",  # user:password@ in an address
 )

@@ -51,6 +51,8 @@ def silence(*, debug: bool, quiet: bool) -> None:
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\..*)?$")
+    # A model's step without numbers may fail; this one logs that as an error of its own, with a traceback.
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
 
 
 def as_here() -> bool:

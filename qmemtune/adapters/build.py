@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qmemtune.adapters.methods import check_layers, is_quantised, method_config, refused
+from qmemtune.adapters.methods import check_layers, check_loads, is_quantised, method_config, refused
 from qmemtune.adapters.queryable import QueryableMemoryConfig, memory_of
 from qmemtune.adapters.queryable.blocks import layer_group
 from qmemtune.adapters.queryable.config import BASE_ENCODER
@@ -53,6 +53,7 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Peft
             raise refused(config, error) from error
     assert isinstance(adapted, PeftModel)
     if isinstance(config, MethodConfig):
+        check_loads(adapted, config)
         check_layers(adapted, config)
     return adapted
 
@@ -161,8 +162,9 @@ def target_modules(config: AdapterConfig, model: nn.Module, text_layers: dict[st
         return [n for n, within in text_layers.items() if is_target(n, within, config)]
     if ALL_LINEAR not in config.target_modules:
         return list(config.target_modules)
-    if isinstance(model, PreTrainedModel) and config.layers_to_transform is not None:
-        # PEFT chooses among layers by the names of targets only.
+    by_name = config.layers_to_transform is not None or (isinstance(config, MethodConfig) and config.method == "ia3")
+    if isinstance(model, PreTrainedModel) and by_name:
+        # PEFT chooses among layers, and IA3 among the ways to adapt one, by the names of targets only.
         head = output_head(model)
         return sorted({n.rpartition(".")[2] for n, m in linear_layers(model) if m is not head})
     if isinstance(model, PreTrainedModel):

@@ -23,13 +23,23 @@ from qmemtune.errors import Finding, UserError, first_line
 PRESETS: dict[str, tuple[PeftType, dict[str, Any]]] = {"dora": (PeftType.LORA, {"use_dora": True})}
 """Methods that PEFT has as an option of another one."""
 
-UNSUITED = {
-    PeftType.ADALORA: "it changes its ranks during training, which needs a training loop of its own",
-    PeftType.XLORA: "it mixes adapters that are trained already",
-    PeftType.POLY: "it needs a task number with every row",
-    PeftType.CARTRIDGE: "it adds to the prompt and changes no layer",
-    PeftType.CPT: "it adds to the prompt and changes no layer",
+TO_THE_PROMPT = "it adds to the prompt and changes no layer"
+FROM_WEIGHTS = "it starts from the base's weights, which are not there when a run is checked"
+REASONS = {
+    "ADALORA": "it changes its ranks during training, which needs a training loop of its own",
+    "XLORA": "it mixes adapters that are trained already",
+    "POLY": "it needs a task number with every row",
+    "CARTRIDGE": TO_THE_PROMPT,
+    "CPT": TO_THE_PROMPT,
+    "ADAPTION_PROMPT": TO_THE_PROMPT,
+    "TRAINABLE_TOKENS": "it trains rows of the embeddings and changes no linear layer",
+    "SHADOW": "it wraps the whole model and changes no layer",
+    "FROD": FROM_WEIGHTS,
+    "ADAMSS": FROM_WEIGHTS,
+    "SHIRA": FROM_WEIGHTS,
 }
+UNSUITED = {PeftType[name]: reason for name, reason in REASONS.items() if name in PeftType.__members__}
+"""Methods that are not offered, as far as this version of PEFT has them."""
 OURS = {QUERYABLE: "queryable", PeftType.LORA: "lora"}
 """Methods that have adapter options of their own."""
 PLACES = {"target_modules", "exclude_modules", "layers_to_transform", "task_type"}
@@ -102,6 +112,9 @@ DROPOUT = ("lora_dropout", "vera_dropout", "randlora_dropout", "vblora_dropout",
 def common_options(config: MethodConfig, known: set[str]) -> dict[str, Any]:
     """r, alpha and dropout as the method names them."""
     found: dict[str, Any] = {"r": config.r} if "r" in known else {}
+    if {"r", "oft_block_size"} <= known:
+        # PEFT's OFT takes one of the two, and has a default for the other.
+        found |= {"r": 0} if "oft_block_size" in config.options else {"oft_block_size": 0}
     alpha = 2.0 * config.r if config.method in PRESETS and config.alpha is None else config.alpha
     for value, names in ((alpha, ALPHA), (config.dropout or None, DROPOUT)):
         name = next((name for name in names if name in known), None)
@@ -153,7 +166,7 @@ def why_not(kind: PeftType) -> str | None:
     if kind in UNSUITED:
         return UNSUITED[kind]
     if "target_modules" not in {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}:
-        return "it adds to the prompt and changes no layer"
+        return TO_THE_PROMPT
     return None
 
 
@@ -232,6 +245,23 @@ def check_layers(model: PeftModel, config: MethodConfig) -> None:
             raise refused(config, error, name) from error
         finally:
             layer.zero_grad(set_to_none=True)
+
+
+def check_loads(model: PeftModel, config: MethodConfig) -> None:
+    """Make sure that PEFT takes its own config back, as it is saved.
+
+    Raises:
+        UserError: it does not.
+    """
+    own = model.peft_config[model.active_adapter]
+    try:
+        PeftConfig.from_peft_type(**own.to_dict())
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{config.method} could not be loaded again with these targets ({first_line(error)})",
+            where="adapter.target_modules",
+            fix="name layers by the ends of their names, such as [q_proj, v_proj]",
+        ) from error
 
 
 def refused(config: MethodConfig, error: Exception, layer: str | None = None) -> UserError:

@@ -64,6 +64,8 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
     run, composed = load_target(overrides, out)
     config = composed.config
     out.working("loading the run's model")
+    from functools import partial
+
     from qmemtune.adapters.files import WEIGHTS
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.engine.manifest import sha256
@@ -71,6 +73,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
     from qmemtune.evaluation.forward import one_for_all
     from qmemtune.evaluation.harness import check_tasks
     from qmemtune.evaluation.verb import evaluate_pair
+    from qmemtune.models.loading import load_base
     from qmemtune.rundir import write_json
 
     out.libraries_are_loaded()
@@ -87,6 +90,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
             source=source,
             device=loaded.device,
             dtype=loaded.dtype,
+            fresh_base=partial(load_base, config.model, config.quantization, device=loaded.device),
             progress=counter,
         )
     given = [*overrides, *([] if instruction is None else [f"instruction={instruction}"])]

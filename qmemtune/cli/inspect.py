@@ -41,6 +41,7 @@ def inspect(
 
 
 def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any]:
+    from qmemtune.config.adapters import QueryableConfig
     from qmemtune.config.regression import is_regression
 
     run, composed = load_target(overrides, out)
@@ -50,6 +51,12 @@ def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any
             f"the run's adapter is {config.adapter.kind}, which has no memory to look into",
             where=str(run.path),
             fix="inspect a run that was trained with adapter=queryable",
+        )
+    if isinstance(config.adapter, QueryableConfig) and config.adapter.generated_core:
+        raise UserError(
+            "the run's cores are generated (adapter.generated_core), so that it has no routes to look at",
+            where=str(run.path),
+            fix="inspect a run with adapter.generated_core=false",
         )
     if is_regression(config):
         raise UserError(
@@ -86,7 +93,9 @@ def _inspect(overrides: Sequence[str], limit: int, out: Output) -> dict[str, Any
             batch_size=config.evaluation.per_device_eval_batch_size,
             progress=counter,
         )
-    report = {"run_dir": str(run.path), "group_by": config.data.group_by, **report}
+    # Rows of several sets are grouped by set.
+    group_by = config.data.group_by or ("data.sources" if config.data.sources else None)
+    report = {"run_dir": str(run.path), "group_by": group_by, **report}
     report["picture"] = _draw(report, run, out)
     report["json"] = str(run.inspection)
     write_json(run.inspection, plain(report))

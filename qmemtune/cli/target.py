@@ -24,8 +24,8 @@ def take(key: str, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of the last override of a key, and all overrides of other keys."""
     value, rest = None, []
     for override in overrides:
-        if override.startswith(f"{key}="):
-            value = from_text(override.removeprefix(f"{key}="), str)
+        if override.removeprefix("+").startswith(f"{key}="):
+            value = from_text(override.removeprefix("+").removeprefix(f"{key}="), str)
         else:
             rest.append(override)
     return value, rest
@@ -39,7 +39,7 @@ def with_run_dir(arguments: Sequence[str]) -> list[str]:
     """
     folders = [a for a in arguments if _is_bare(a)]
     rest = [a for a in arguments if a not in folders]
-    named = folders + [a.partition("=")[2] for a in rest if a.startswith("run_dir=")]
+    named = folders + [a.partition("=")[2] for a in rest if a.removeprefix("+").startswith("run_dir=")]
     if len(named) > 1:
         raise UserError(f"{len(named)} runs are named: {', '.join(named)}", fix="name one run folder")
     return [f"run_dir={folder}" for folder in folders] + rest
@@ -52,8 +52,10 @@ def with_folder(arguments: Sequence[str]) -> list[str]:
 
 
 def _is_bare(argument: str) -> bool:
-    """Whether an argument is a folder's name and no override."""
-    return "=" not in argument and (argument.startswith("~/") or not argument.startswith(("+", "~")))
+    """Whether an argument is a folder's name and no override, whose key holds no slash."""
+    before, equals, _ = argument.partition("=")
+    named = not equals or "/" in before
+    return named and (argument.startswith("~/") or not argument.startswith(("+", "~")))
 
 
 def split_export(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:

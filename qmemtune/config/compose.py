@@ -302,5 +302,6 @@ def _hydra_order(recipe: Path | None, given: Overrides, folders: list[Path], lis
     return [
         (entry.config_path, "" if entry.package in (None, "_global_") else entry.package)
         for entry in result.defaults
-        if entry.config_path and not re.match(r"^(hydra(/|$)|_dummy)", entry.config_path)
+        # Hydra's own files are listed among ours; a recipe may be called like one.
+        if entry.config_path and (entry.config_path == name or not re.match(r"hydra(/|$)|_dummy", entry.config_path))
     ]

@@ -80,7 +80,7 @@ def load_adapted(adapter: Path, config: Config, *, device: torch.device | None =
     base = load_base(config.model, config.quantization, device=device)
     try:
         model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
             f"the adapter does not fit this base: {two_lines(error)}",
             where=str(adapter),

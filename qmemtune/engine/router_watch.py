@@ -19,7 +19,9 @@ DIGITS = 5
 
 
 class RouterWatch:
-    """Observes the routes of every ``trainer.route_stats_steps``-th step. With another adapter it does nothing.
+    """Observes the routes of every ``trainer.route_stats_steps``-th step.
+
+    With another adapter, or a generated core, which has no routes, it does nothing.
 
     Args:
         model: the adapted model.
@@ -29,7 +31,8 @@ class RouterWatch:
 
     def __init__(self, model: nn.Module, config: Config, totals: Totals) -> None:
         memory = memory_of(model)
-        self.memory = memory if isinstance(config.adapter, QueryableConfig) else None
+        routed = isinstance(config.adapter, QueryableConfig) and not config.adapter.generated_core
+        self.memory = memory if routed else None
         self.config = config
         self._statistics: RouteStatistics | None = None
         self.totals = totals

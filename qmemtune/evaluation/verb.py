@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qmemtune.adapters.initialisation import changes_base
 from qmemtune.config.evaluation import EvaluationConfig
 from qmemtune.credentials import hide
 from qmemtune.errors import first_line
@@ -79,16 +80,28 @@ def evaluate_pair(
     source: Instructions | None = None,
     device: torch.device,
     dtype: torch.dtype,
+    fresh_base: Callable[[], nn.Module] | None = None,
     progress: EvalProgress | None = None,
 ) -> dict[str, Any]:
-    """The model with its adapter and without it, on the same rows; the report is :func:`side_by_side`'s."""
+    """The model with its adapter and without it, on the same rows; the report is :func:`side_by_side`'s.
+
+    Args:
+        fresh_base: loads the base: needed where the adapter's initialisation has changed the one that it is on.
+
+    Raises:
+        ValueError: it is needed and not given.
+    """
+    changed = changes_base(model.peft_config[model.active_adapter])
+    if changed and fresh_base is None:
+        raise ValueError("without this adapter the model is not its base: fresh_base is needed")
     measured: dict[str, Measured] = {}
     for name in ("base", "tuned"):
         of_base = name == "base"
+        subject = fresh_base() if of_base and changed and fresh_base is not None else model
         # The outer guard: switching an adapter off and on again touches its parameters' requires_grad.
         with undisturbed(model), model.disable_adapter() if of_base else nullcontext():
             measured[name] = measure(
-                model,
+                subject,
                 tokenizer,
                 rows,
                 config,

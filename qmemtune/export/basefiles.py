@@ -16,10 +16,9 @@ from transformers.utils import cached_file
 from qmemtune.errors import UserError
 from qmemtune.export.shards import Shard, read_shard
 from qmemtune.models.failures import explained
-from qmemtune.models.sources import INDEX, Source, weight_files
+from qmemtune.models.sources import INDEX, SINGLE, Source, weight_files
 from qmemtune.rundir import write_json
 
-SINGLE = "model.safetensors"
 KEPT = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 TOKENIZER = (
     "tokenizer*",

@@ -1,4 +1,4 @@
-"""LoRA initialisations that take their start out of the base weight (PiSSA, OLoRA): what they leave of it."""
+"""What LoRA initialisations that take their start out of the base's weights leave of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
-INITS = ("pissa", "olora")
+from qmemtune.adapters.initialisation import changes_base
 
 
 class OneLayer(nn.Module):
@@ -32,15 +32,14 @@ def changed_base(weight: Tensor, lora: Path, dtype: torch.dtype, *, transposed: 
         The weight, float32, laid out as given; None if the initialisation leaves the base alone.
     """
     config = PeftConfig.from_pretrained(str(lora))
-    init = getattr(config, "init_lora_weights", None)
-    if not isinstance(config, LoraConfig) or not str(init).startswith(INITS):
+    if not isinstance(config, LoraConfig) or not changes_base(config):
         return None
     model = OneLayer((weight.T if transposed else weight).to(dtype).contiguous().clone())
     alone = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         use_rslora=config.use_rslora,
-        init_lora_weights=init,
+        init_lora_weights=config.init_lora_weights,
         target_modules=["layer"],
     )
     get_peft_model(model, alone)

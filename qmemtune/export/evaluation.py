@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def evaluate_exported(
             source=live.source if instruction is None else one_for_all(live.source, instruction),
             device=live.device,
             dtype=live.dtype,
+            fresh_base=partial(load_base, config.model, config.quantization, device=live.device),
             progress=progress,
         )
     base_model = exported.base if report["base"] is not None else None

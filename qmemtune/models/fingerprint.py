@@ -11,10 +11,9 @@ from typing import Any, BinaryIO
 from qmemtune.config.missing import MISSING
 from qmemtune.config.model import ModelConfig
 from qmemtune.models.configs import read_config
-from qmemtune.models.sources import GENERATED, INDEX, resolve, weight_files
+from qmemtune.models.sources import GENERATED, resolve, stored_in
 from qmemtune.models.tensor_files import read_header
 
-SINGLE = "model.safetensors"
 WHOLE = 1 << 28
 """Bytes of weights up to which all of them are read: a fraction of a second."""
 SAMPLES = 16
@@ -85,16 +84,6 @@ def weights_digest(folder: Path) -> str:
         for stream in opened.values():
             stream.close()
     return digest.hexdigest()
-
-
-def stored_in(folder: Path) -> list[Path]:
-    """The files of weights that transformers loads from a folder."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in weight_files(index, folder.name) if (folder / name).is_file()]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, tuple[str, int, int]]]:

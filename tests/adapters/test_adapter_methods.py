@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel, PeftType
 from transformers import AutoModelForCausalLM
 
 from qmemtune.adapters import apply_adapter, check_method, describe
+from qmemtune.adapters.methods import REASONS
 from qmemtune.config.adapters import MethodConfig
 from qmemtune.config.model import ModelConfig, QuantizationConfig
 from qmemtune.errors import UserError
@@ -66,6 +68,38 @@ def test_common_options_that_a_method_lacks_are_named():
         "adapter.r has no effect: ia3 has none",
         "adapter.alpha has no effect: ia3 has none",
     ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MethodConfig(method="ia3"),
+        MethodConfig(method="oft", r=4),
+        MethodConfig(method="oft", options={"oft_block_size": "8"}),
+        MethodConfig(method="lily", r=4),
+    ],
+    ids=lambda config: config.method,
+)
+def test_all_linear_layers_are_saved_so_that_they_load(tiny_llama_dir, tmp_path, config):
+    model = apply_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), config, seed=0)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), tmp_path)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_targets_with_which_a_method_would_not_load_are_refused(tiny_llama_dir):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    config = MethodConfig(method="ia3", target_modules=["model.layers.0.mlp.down_proj"])
+    with pytest.raises(UserError, match=r"ia3 could not be loaded again .* such as \[q_proj, v_proj\]"):
+        apply_adapter(base, config, seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(REASONS) & set(PeftType.__members__)))
+def test_methods_that_no_run_can_have_are_not_offered(name):
+    with pytest.raises(UserError, match=f"{name.lower()} is no adapter of layers"):
+        check_method(method(name.lower()))
 
 
 @pytest.mark.parametrize("name", ["vera", "lily"])

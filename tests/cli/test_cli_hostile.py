@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from qmemtune.cli.app import main
+from qmemtune.credentials import hide, holds_token
 from qmemtune.engine import checkpoints
 
 CANARY = "canary"
@@ -280,6 +281,26 @@ def test_tokens_are_written_nowhere(planted, trained, folder, capsys, monkeypatc
     for text in (said.out, said.err, *(file.read_bytes().decode("latin-1") for file in written)):
         assert HF not in text
         assert WANDB not in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sk_news_articles_2023_train.jsonl",
+        "sk-learn-Models-of-2023-train.jsonl",
+        "ghs_of_all_countries_of_the_year_2023",
+    ],
+)
+def test_names_of_files_are_no_tokens(name):
+    assert not holds_token(name)
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["sk-" + "a1B2" * 12, "sk-proj-" + "a1B2c_" * 3 + "d3E4" * 8, "glpat-" + "x9Yz" * 5, "github_pat_" + "a1B2" * 9],
+)
+def test_tokens_of_many_kinds_are_known(token):
+    assert hide(f"key {token}, and more") == "key ***, and more"
 
 
 @pytest.mark.parametrize("token", [HF, WANDB, "https://me:secret-word@host/x", "ghp_" + "a1B2" * 9])

@@ -79,6 +79,34 @@ def test_a_lora_run_is_refused(tmp_path, capsys, tiny_llama_dir):
     assert "adapter is lora, which has no memory" in capsys.readouterr().err
 
 
-def test_one_run_at_a_time(tmp_path, capsys):
-    assert main(["inspect", str(tmp_path), f"run_dir={tmp_path}"]) == 2
+def test_generated_cores_are_refused(tmp_path, capsys, tiny_llama_dir):
+    options = [f"model.path={tiny_llama_dir}", "data.path=generated:word_lists", "adapter=queryable"]
+    config = compose([*options, "adapter.generated_core=true"]).config
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "no routes to look at" in capsys.readouterr().err
+
+
+def test_sets_of_rows_are_groups(run_dir, capsys):
+    rows = run_dir.parent / "rows.jsonl"
+    sources = [f"data.sources.{name}.path={rows}" for name in ("one", "two")]
+    assert main(["inspect", str(run_dir), "--rows", "8", "~data.path", "data.group_by=null", *sources, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["group_by"] == "data.sources"
+    assert set(report["groups"]) == {"one", "two"}
+
+
+@pytest.mark.parametrize("mark", ["", "+"])
+def test_one_run_at_a_time(tmp_path, capsys, mark):
+    assert main(["inspect", str(tmp_path), f"{mark}run_dir={tmp_path}"]) == 2
     assert "2 runs are named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["{}", "run_dir={}", "+run_dir={}"])
+def test_a_run_in_a_folder_with_any_name(tmp_path, capsys, tiny_llama_dir, form):
+    folder = tmp_path / "runs" / "lr=1e-3"
+    folder.mkdir(parents=True)
+    config = compose([f"model.path={tiny_llama_dir}", "data.path=generated:word_lists", "adapter=lora"]).config
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert main(["inspect", form.format(folder)]) == 2
+    assert f"{folder}: the run's adapter is lora" in capsys.readouterr().err

@@ -22,6 +22,13 @@ OPTIONS = [(group, option) for group in list_groups() for option in list_options
 GROUPS = ["adapter", "data", "evaluation", "export", "model", "optimizer", "quantization", "tracking", "trainer"]
 
 
+@pytest.mark.parametrize("name", ["hydra", "_dummy_rows"])
+def test_a_recipe_may_be_called_like_files_of_hydra(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{name}.yaml").write_text("defaults: [_self_]\nmodel: {path: x/y}\ndata: {path: c/d}\nseed: 7\n")
+    assert compose([f"recipe=./{name}.yaml"]).config.seed == 7
+
+
 def test_groups_are_the_schemas_sections():
     assert list_groups() == GROUPS
 

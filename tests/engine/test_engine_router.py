@@ -32,6 +32,15 @@ def test_a_collapsed_router_is_named_once_with_its_remedy(composed, recorder, re
     assert [line["step"] for line in warnings] == [summary["router_collapsed_at_step"]]
 
 
+def test_generated_cores_have_no_routes_to_watch(composed, recorder, read_lines, tmp_path):
+    progress = recorder()
+    options = ("adapter.generated_core=true", "trainer.route_stats_steps=1")
+    summary = train(composed(*options, adapter="queryable"), progress=progress)
+    assert not [message for message in progress.messages if "collapsed" in message]
+    assert routes_of(read_lines(tmp_path / "run" / "metrics.jsonl")) == []
+    assert summary["router_collapsed_at_step"] is None
+
+
 def test_a_healthy_router_is_logged_at_its_interval_and_not_named(composed, recorder, read_lines, tmp_path):
     progress = recorder()
     summary = train(composed("trainer.route_stats_steps=2", adapter="queryable"), progress=progress)

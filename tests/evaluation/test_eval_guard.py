@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import bitsandbytes as bnb
@@ -188,6 +189,19 @@ def test_a_pair_is_the_model_with_and_without_its_adapter(llama, tokenizer, rows
     assert [set(row) for row in found["examples"]] == [{"prompt", "expected", "base", "tuned"}] * 3
     assert found["examples"][0]["base"] == bare["examples"][0]["output"]
     assert {what.split(":")[0] for what in news} == {"base", "tuned"}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_base_of_an_initialisation_that_changes_it_is_loaded_anew(llama, tokenizer, rows, init):
+    """Such an adapter takes its start out of the weights: what is left without it is no model of anybody's."""
+    bare = measure(llama, tokenizer, rows, config(), **CPU).as_dict()
+    fresh = copy.deepcopy(llama)
+    model = get_peft_model(llama, LoraConfig(r=8, target_modules=["q_proj", "up_proj"], init_lora_weights=init)).eval()
+    found = evaluate_pair(model, tokenizer, rows, config(), fresh_base=lambda: fresh, **CPU)
+    assert found["base"]["loss"] == pytest.approx(bare["loss"], rel=1e-6)
+    assert found["tuned"]["loss"] == pytest.approx(bare["loss"], rel=1e-4)
+    with pytest.raises(ValueError, match="fresh_base"):
+        evaluate_pair(model, tokenizer, rows, config(), **CPU)
 
 
 def test_bfloat16_is_autocast(llama, tokenizer, rows):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qmemtune.errors import UserError
-from qmemtune.models.sources import resolve
+from qmemtune.models.sources import resolve, stored_bytes
 
 
 @pytest.fixture
@@ -97,3 +97,11 @@ def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="can run code") as caught:
             resolve(str(path))
         assert "safetensors" in (caught.value.findings[0].fix or "")
+
+
+def test_only_weights_that_are_loaded_are_counted(tmp_path: Path) -> None:
+    """Some folders hold the same weights a second time, in the form of other libraries."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"1234567")
+    assert stored_bytes(str(tmp_path)) == 5

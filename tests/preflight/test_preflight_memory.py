@@ -25,7 +25,7 @@ from qmemtune.engine.memory import estimate as estimate_module
 from qmemtune.engine.memory.estimate import RunMemory
 from qmemtune.engine.memory.exhausted import asked_bytes, explained
 from qmemtune.engine.memory.fit import Memory, largest_batch, suggestions
-from qmemtune.engine.memory.report import largest_workload
+from qmemtune.engine.memory.report import largest_workload, report
 from qmemtune.engine.memory.weights import base_bytes, optimizer_bytes, quantised_layers
 from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.run import train
@@ -237,6 +237,23 @@ def test_estimate_needs_no_weights_and_no_rows(run_config, tiny_llama_dir, tmp_p
     assert found["workload"]["tokens"] == 64
     assert found["total_mib"] == pytest.approx(sum(found["parts_mib"].values()), abs=1)
     assert "no data are given" in found["notes"][0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_fewer_rows_than_a_batch_holds_are_one_smaller_batch(run_config, packing):
+    config = run_config("trainer.per_device_train_batch_size=64", f"trainer.packing={packing}").config
+    found = report(config, "cpu")
+    assert found["workload"]["rows"] == (1 if packing else 16)
+    assert found["total_mib"] > 0
+
+
+def test_a_model_that_cannot_be_estimated_is_no_fault_of_ours(run_config, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Expected inputs of BF16 type\nand more")
+
+    monkeypatch.setattr("qmemtune.engine.memory.report.RunMemory.estimate", fail)
+    with pytest.raises(UserError, match="cannot be estimated: RuntimeError: Expected inputs of BF16 type"):
+        report(run_config().config, "cpu")
 
 
 def test_estimate_reads_the_rows_of_a_mixture(run_config):

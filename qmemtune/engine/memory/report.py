@@ -18,7 +18,7 @@ from qmemtune.engine.memory.fit import capacity, suggestions
 from qmemtune.engine.memory.skeleton import base_skeleton
 from qmemtune.engine.memory.workload import Workload
 from qmemtune.engine.steps import count_steps
-from qmemtune.errors import UserError
+from qmemtune.errors import UserError, first_line
 from qmemtune.models.hardware import pick_device
 from qmemtune.models.loading import load_tokenizer
 
@@ -54,7 +54,16 @@ def report(config: Config, device_name: str) -> dict[str, Any]:
     if device.type == "cuda" and here.type != "cuda" and config.model.compute_dtype == "auto":
         config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
     memory = RunMemory(config, device, base=base)
-    estimate = memory.estimate(workload)
+    try:
+        estimate = memory.estimate(workload)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the memory of this model cannot be estimated: {type(error).__name__}: {first_line(error)}",
+            where="model.path",
+            fix="another model.compute_dtype may be; it can be trained all the same",
+        ) from error
     limit = capacity(device) if device.type == here.type else None
     fits = None if limit is None else estimate.total <= limit
     ways = suggestions(memory, workload, limit) if limit is not None and not fits else []

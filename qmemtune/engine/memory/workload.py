@@ -52,6 +52,8 @@ class Workload:
             world_size: processes of the run.
         """
         rows = config.trainer.per_device_train_batch_size
+        if made is not None:
+            rows = min(rows, len(made))
         tokens = config.data.max_length if made is None else max(made.lengths)
         together = labelled = rows * tokens
         if made is not None:
