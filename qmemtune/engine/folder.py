@@ -75,6 +75,9 @@ def new_folder(config: Config, make: bool) -> RunDir:
     again = "choose another run_dir, or add resume=auto to go on with it"
     if run.path.exists() and not run.path.is_dir():
         raise UserError("run_dir is a file", where=str(run.path), fix="name a folder")
+    above = next((parent for parent in run.path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"run_dir lies in {above}, which is a file", where=str(run.path), fix="name another folder")
     if run.summary.is_file():
         raise UserError("run_dir holds a finished run", where=str(run.path), fix=again)
     if found_checkpoints(run.checkpoints):

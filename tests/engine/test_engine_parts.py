@@ -161,6 +161,12 @@ def test_a_missing_backend_names_the_extra(monkeypatch):
         tracking.check_backends(TrackingConfig(backends=["wandb"]))
 
 
+def test_a_run_folder_cannot_lie_in_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="which is a file"):
+        open_run(Config(run_dir=str(tmp_path / "file" / "a" / "run")))
+
+
 @pytest.mark.parametrize(
     ("environment", "project", "expected"),
     [
