@@ -19,7 +19,14 @@ from qmemtune.adapters.queryable.config import BASE_ENCODER
 from qmemtune.adapters.queryable.layer import supported
 from qmemtune.adapters.queryable.memory import MEMORY_NAME
 from qmemtune.adapters.queryable.sentence import embedding_dim, folder_digest
-from qmemtune.config.adapters import AdapterConfig, LoraConfig, MethodConfig, QueryableConfig, uses_prior
+from qmemtune.config.adapters import (
+    INITS_FROM_WEIGHTS,
+    AdapterConfig,
+    LoraConfig,
+    MethodConfig,
+    QueryableConfig,
+    uses_prior,
+)
 from qmemtune.errors import Finding, UserError
 from qmemtune.models.head import decoder_of, output_head
 
@@ -224,7 +231,7 @@ def check_targets(model: nn.Module, config: AdapterConfig, *, quantised: bool | 
             findings.append(Finding(problem, "adapter.layers_to_transform", f"use indices from 0 to {layers - 1}"))
     if quantised is None:
         quantised = is_quantised(model)
-    if isinstance(config, LoraConfig) and quantised and config.init in ("pissa", "olora"):
+    if isinstance(config, LoraConfig) and quantised and config.init in INITS_FROM_WEIGHTS:
         problem = f"init {config.init} changes the base's weights, which a quantised base does not allow"
         findings.append(Finding(problem, "adapter.init", "use adapter.init=default or quantization=none"))
     if findings:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from peft import LoraConfig, PeftConfig
 
-INITS = ("pissa", "olora")
+from qmemtune.config.adapters import INITS_FROM_WEIGHTS
 
 
 def changes_base(config: PeftConfig) -> bool:
     """Whether an adapter's base, without the adapter, is not the base that it was put on."""
-    return isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(INITS)
+    return isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(INITS_FROM_WEIGHTS)

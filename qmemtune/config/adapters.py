@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+INITS_FROM_WEIGHTS = ("pissa", "olora")
+"""LoRA initialisations that take their start out of the base's weights."""
+
 
 @dataclass
 class AdapterConfig:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmemtune.config.adapters import LoraConfig, QueryableConfig
+from qmemtune.config.adapters import INITS_FROM_WEIGHTS, LoraConfig, QueryableConfig
 from qmemtune.config.limits import betas, prior_schedule, ranges, shares
 from qmemtune.config.missing import MISSING
 from qmemtune.config.paths import paths
@@ -55,7 +55,7 @@ def targets(c: Config) -> Iterator[Problem]:
 def lora_init(c: Config) -> Iterator[Problem]:
     if not isinstance(c.adapter, LoraConfig):
         return
-    if c.adapter.init in ("pissa", "olora") and c.quantization.kind != "none":
+    if c.adapter.init in INITS_FROM_WEIGHTS and c.quantization.kind != "none":
         problem = f"{c.adapter.init} decomposes full-precision weights"
         yield "adapter.init", problem, "set quantization=none, or adapter.init=default"
     if c.adapter.init == "orthogonal" and c.adapter.r % 2:
