@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -159,21 +160,24 @@ def test_threads_that_answer_at_once_do_not_meet(llama):
     model = llama.adapted()
     prompts = [llama.tokens(2, 4 + number, seed=number) for number in range(4)]
     expected = [llama.logits(model, ids) for ids in prompts]
-    wrong: list[str] = []
 
     def answer(number: int) -> None:
-        with fixed_weights(model):
-            for _ in range(20):
-                found = llama.logits(model, prompts[number])
-                if not torch.allclose(found, expected[number], **CLOSE):
-                    wrong.append(f"thread {number}: {(found - expected[number]).abs().max()}")
+        # Opened anew each time: the first passes are those in which layers find that they read one input.
+        for _ in range(5):
+            with fixed_weights(model):
+                for _ in range(4):
+                    found = llama.logits(model, prompts[number])
+                    torch.testing.assert_close(found, expected[number], **CLOSE)
 
-    threads = [threading.Thread(target=answer, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(answer, number) for number in range(4)]
+        for done in answers:
+            done.result()
+    finally:
+        sys.setswitchinterval(before)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

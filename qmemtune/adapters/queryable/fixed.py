@@ -9,6 +9,7 @@ Tensor letters: D input width, R rank, O output features, G layers of a group, T
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 FIXED = "_qmemtune_fixed"
 """Marks the forwards that are made here."""
+
+_CHANGING = threading.Lock()
+"""Held where threads change what they share: the forwards of layers, and who belongs to a group."""
 
 
 Kept = dict[Any, Tensor]
@@ -71,13 +75,14 @@ class FixedWeights:
             yield
             return
         holder = self._memory.holder
-        # Nested, or in another thread at the same time: the one that was first stays, and is the one to go.
-        mine = [(layer, made) for layer, made in self._forwards if not hasattr(layer.forward, FIXED)]
-        own = [layer.__dict__.get("forward") for layer, _ in mine]
         before = holder.kept
+        with _CHANGING:
+            # Nested, or in another thread at the same time: the one that was first stays, and is the one to go.
+            mine = [(layer, made) for layer, made in self._forwards if not hasattr(layer.forward, FIXED)]
+            own = [layer.__dict__.get("forward") for layer, _ in mine]
+            for layer, made in mine:
+                layer.forward = made
         holder.kept = self._kept if before is None else before
-        for layer, made in mine:
-            layer.forward = made
         try:
             yield
         finally:
@@ -85,11 +90,12 @@ class FixedWeights:
             if holder.group is not None:
                 holder.group.forget()
                 holder.group = None
-            for (layer, _), forward in zip(mine, own, strict=True):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
+            with _CHANGING:
+                for (layer, _), forward in zip(mine, own, strict=True):
+                    if forward is None:
+                        del layer.forward
+                    else:
+                        layer.forward = forward
 
 
 class Group:
@@ -112,9 +118,10 @@ class Group:
 
     def add(self, layer: QueryableLinear) -> int:
         """Make this layer's states with the others' from now on; returns its place."""
-        self.members.append(layer)
-        self._made = None
-        return len(self.members) - 1
+        with _CHANGING:
+            if layer not in self.members:
+                self.members.append(layer)
+            return self.members.index(layer)
 
     def made_for(self, x: Tensor, context: Any) -> Sequence[Tensor] | None:
         """The states that were made last, if for this input of this pass."""
@@ -129,18 +136,19 @@ class Group:
         """Let go of the last input: that of a long prompt is large."""
         self._made = None
 
-    def states(self, x: Tensor, context: Any) -> Sequence[Tensor]:
-        """``C A x`` of each member, (T, R) each.
+    def state(self, place: int, x: Tensor, context: Any) -> Tensor:
+        """``C A x`` of the member in this place, (T, R).
 
         Args:
             x: input, (..., D).
             context: its forward pass.
         """
         states = self.made_for(x, context)
-        if states is None:
+        # Those that were made before this member joined lack its own.
+        if states is None or len(states) <= place:
             states = self._make(x)
             self._made = x, context, states
-        return states
+        return states[place]
 
     def _make(self, x: Tensor) -> Sequence[Tensor]:
         # As they are now: another thread may add one meanwhile.
@@ -176,23 +184,25 @@ def fixed_forward(layer: QueryableLinear) -> Callable[..., Tensor] | None:
     base, holder, plain = layer.base_layer, layer.memory.holder, layer.forward
     factor, scaling, dropout = layer.queryable_B[name].weight, layer.scaling[name], layer.dropout[name]
     factors: dict[torch.dtype, Tensor] = {}
-    group, place = Group(layer, name), 0
+    # One tuple, which other threads find as it was or as it is, never half of each.
+    home = Group(layer, name), 0
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal group, place
+        nonlocal home
         other = args or kwargs or layer._disable_adapters or layer.active_adapters != active
         if other or torch.is_grad_enabled() or (dropout and layer.training):
             own: Tensor = plain(x, *args, **kwargs)
             return own
         result: Tensor = base(x)
         context, last = holder.current, holder.group
+        group, place = home
         if last is not group:
             if last is not None and last.made_for(x, context) is not None and last.takes(layer, name):
-                group, place = last, last.add(layer)
+                home = group, place = last, last.add(layer)
             elif last is not None:
                 last.forget()
             holder.group = group
-        state = group.states(x, context)[place]
+        state = group.state(place, x, context)
         cast = factors.get(state.dtype)
         if cast is None:
             cast = factors[state.dtype] = factor.detach().to(state.dtype).t()
