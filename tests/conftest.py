@@ -189,3 +189,76 @@ def make_sentence_encoder(
     modules = [{"path": path, "type": kind} for path, kind in kinds.items()]
     (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     return folder
+
+
+GGUF_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+"""Chat template in the files of ``write_gguf``."""
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., None]:
+    """(folder, file, extra=, without=) -> None: the Llama in the folder as a GGUF file."""
+    return make_gguf
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a GGUF file. Tests must not write into it."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    make_gguf(tiny_llama_dir, file)
+    return file
+
+
+def make_gguf(folder: Path, file: Path, *, extra: Callable = lambda writer: None, without: str | None = None) -> None:
+    """The Llama in ``folder`` as a GGUF file with Q8_0 matrices, as llama.cpp lays it out.
+
+    ``extra`` adds to it; tensors with ``without`` between the dots of their name there are left out.
+    """
+    import gguf
+    import numpy as np
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    special = set(tokenizer.all_special_tokens)
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(GGUF_TEMPLATE)
+    extra(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, value in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
+        if heads:  # llama.cpp interleaves the two halves of each rotary pair
+            value = value.view(heads, 2, -1, value.shape[-1]).transpose(1, 2).reshape(value.shape)
+        array, name = value.numpy(), names.get_name(key, try_suffixes=(".weight",))
+        if without in name.split("."):
+            continue
+        if array.ndim == 1:
+            writer.add_tensor(name, array)
+        else:
+            packed = gguf.quants.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -31,6 +31,7 @@ BITS = {
     "fp4": "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='fp4', bnb_4bit_use_double_quant={double})",
     "int8": "BitsAndBytesConfig(load_in_8bit=True)",
 }
+GGUF_ARGUMENT = "gguf_file="
 
 
 def write_card(folder: Path, run: RunDir, config: Config, source: Source, result: dict[str, Any]) -> None:
@@ -127,8 +128,17 @@ def adapter_loading(config: Config, source: Source) -> list[str]:
     if live_memory:
         lines.append("import qmemtune.adapters  # makes PEFT know the queryable memory")
     lines.append("")
+    base = base_argument(source)
+    if bits and GGUF_ARGUMENT in base:
+        lines += [
+            "# Once: transformers quantises no GGUF file, and saves none that it still takes for one.",
+            f"plain = AutoModelForCausalLM.from_pretrained({base})",
+            'plain.hf_quantizer, _ = None, vars(plain.config).pop("quantization_config", None)',
+            'plain.save_pretrained("UNPACKED_BASE")',
+        ]
+        base = '"UNPACKED_BASE"'
     quantised = f", quantization_config={bits}" if bits else ""
-    lines.append(f"base = AutoModelForCausalLM.from_pretrained({base_argument(source)}{quantised})")
+    lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}{quantised})")
     lines.append('model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()')
     lines.append('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")')
     prior = config.adapter.instruction_prior if isinstance(config.adapter, QueryableConfig) else 0.0
@@ -154,7 +164,7 @@ def base_argument(source: Source) -> str:
     name = source.origin.removeprefix(PACKAGE)
     folder, _, file = name.rpartition("/")
     if file.lower().endswith(".gguf"):
-        return f'"FOLDER_OF_{folder or "THE_FILE"}", gguf_file="{file}"'
+        return f'"FOLDER_OF_{folder or "THE_FILE"}", {GGUF_ARGUMENT}"{file}"'
     return f'"{name}"'
 
 

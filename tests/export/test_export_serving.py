@@ -52,6 +52,20 @@ def test_the_code_of_a_card_runs(make_run, capsys, adapter, format: str) -> None
             assert torch.equal(names["model"](IDS).logits, expected(IDS).logits)
 
 
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_the_code_of_a_card_runs_where_the_base_is_a_gguf_file(make_run, tiny_gguf, tmp_path, capsys, kind) -> None:
+    run, config = make_run(MEMORY, format="live", base_path=tiny_gguf, kind=kind)
+    folder = Path(export_run(run, config)["path"])
+    program = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    program = program.replace("THIS_FOLDER", str(folder)).replace("FOLDER_OF_THE_FILE", str(tiny_gguf.parent))
+    program = program.replace("UNPACKED_BASE", str(tmp_path / "unpacked")).replace("=64", "=4")
+    names: dict = {}
+    exec(program, names)
+    expected = load_run(run, config).model
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](IDS).logits, expected(IDS).logits)
+
+
 def test_transformers_alone_loads_the_live_model(make_run) -> None:
     run, config = make_run(MEMORY, format="live")
     folder = export_run(run, config)["path"]

@@ -19,77 +19,6 @@ from qmemtune.models import gguf as gguf_module
 from qmemtune.models.gguf import converted, left_out, models_root
 from qmemtune.models.loading import load_base, load_tokenizer
 
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-
-def write_gguf(
-    folder: Path,
-    file: Path,
-    *,
-    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
-    without: str | None = None,
-) -> None:
-    """The Llama in ``folder`` as a GGUF file with Q8_0 matrices, as llama.cpp lays it out.
-
-    ``extra`` adds to it; tensors with ``without`` between the dots of their name there are left out.
-    """
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(len(tokenizer))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    special = set(tokenizer.all_special_tokens)
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in merges(tokenizer)])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(TEMPLATE)
-    extra(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, value in model.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
-        if heads:  # llama.cpp interleaves the two halves of each rotary pair
-            value = value.view(heads, 2, -1, value.shape[-1]).transpose(1, 2).reshape(value.shape)
-        array, name = value.numpy(), names.get_name(key, try_suffixes=(".weight",))
-        if without in name.split("."):
-            continue
-        if array.ndim == 1:
-            writer.add_tensor(name, array)
-        else:
-            packed = gguf.quants.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def merges(tokenizer: object) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
-
-
-@pytest.fixture(scope="module")
-def tiny_gguf(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
-    write_gguf(tiny_llama_dir, file)
-    return file
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +35,7 @@ def test_converted_once_with_tokenizer_and_template(
         tokenizer = load_tokenizer(config)
         load_base(config, QuantizationConfig("nf4"))
         assert caplog.text.count("converting") == 1
-    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.chat_template == "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     text = "Sort these numbers: 12 7 33"
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert ids.tolist() == AutoTokenizer.from_pretrained(tiny_llama_dir)(text, return_tensors="pt").input_ids.tolist()
@@ -158,7 +87,7 @@ def test_refusals(tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPat
         converted(tiny_gguf)
 
 
-def test_weights_that_are_missing(tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_weights_that_are_missing(tmp_path: Path, tiny_llama_dir: Path, write_gguf) -> None:
     file = tmp_path / "dense.gguf"
     write_gguf(tiny_llama_dir, file, without="ffn_down")
     for _ in range(2):
@@ -167,7 +96,7 @@ def test_weights_that_are_missing(tmp_path: Path, tiny_llama_dir: Path) -> None:
     assert not [p for p in models_root().iterdir() if p.is_dir()], "nothing of it may be found later"
 
 
-def test_weights_of_another_shape(tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_weights_of_another_shape(tmp_path: Path, tiny_llama_dir: Path, write_gguf) -> None:
     file = tmp_path / "wide.gguf"
     write_gguf(
         tiny_llama_dir,
@@ -184,7 +113,7 @@ def test_weights_of_another_shape(tmp_path: Path, tiny_llama_dir: Path) -> None:
     # The last is of a layer that guesses ahead: transformers would run it as one layer more.
     ["blk.0.attn_q.bias", "blk.1.attn_q_norm.weight", "blk.0.nextn.enorm.weight"],
 )
-def test_weights_that_the_model_has_no_place_for(name: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_weights_that_the_model_has_no_place_for(name: str, tmp_path: Path, tiny_llama_dir: Path, write_gguf) -> None:
     file = tmp_path / "more.gguf"
     write_gguf(tiny_llama_dir, file, extra=with_tensor(name, [0.5] * 16))
     with pytest.raises(UserError, match=r"holds weights of 16 numbers .* LlamaForCausalLM; the conversion would lose"):
@@ -201,14 +130,14 @@ def test_copy_of_a_head_that_is_tied_all_the_same(tmp_path: Path) -> None:
     assert left_out(SimpleNamespace(tensors=[*tensors, SimpleNamespace(name="more", n_elements=64)]), model) == 64
 
 
-def test_tied_head_is_not_missing(tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_tied_head_is_not_missing(tmp_path: Path, tiny_llama_dir: Path, write_gguf) -> None:
     file = tmp_path / "tied.gguf"
     write_gguf(tiny_llama_dir, file, without="output")
     model = AutoModelForCausalLM.from_pretrained(converted(file))
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_part_of_a_split_file(tmp_path: Path, tiny_gguf: Path, tiny_llama_dir: Path) -> None:
+def test_part_of_a_split_file(tmp_path: Path, tiny_gguf: Path, tiny_llama_dir: Path, write_gguf) -> None:
     by_name = tmp_path / "tiny-00001-of-00003.gguf"
     by_name.symlink_to(tiny_gguf)
     with pytest.raises(UserError, match=r"one of the 3 parts .*llama-gguf-split --merge"):
@@ -261,7 +190,7 @@ def with_tensor(name: str, values: list[float]) -> Callable[[gguf.GGUFWriter], N
     ids=["llama3", "longrope-tensors", "linear", "yarn", "longrope", "factor-alone", "old-linear"],
 )
 def test_scaled_rotary_positions_are_refused(
-    extra: Callable[[gguf.GGUFWriter], None], tmp_path: Path, tiny_llama_dir: Path
+    extra: Callable[[gguf.GGUFWriter], None], tmp_path: Path, tiny_llama_dir: Path, write_gguf
 ) -> None:
     file = tmp_path / "long.gguf"
     write_gguf(tiny_llama_dir, file, extra=extra)
@@ -280,14 +209,16 @@ def test_scaled_rotary_positions_are_refused(
     ids=["ones", "none", "linear-1", "linear-0"],
 )
 def test_rotary_positions_that_are_not_scaled(
-    extra: Callable[[gguf.GGUFWriter], None], tmp_path: Path, tiny_llama_dir: Path
+    extra: Callable[[gguf.GGUFWriter], None], tmp_path: Path, tiny_llama_dir: Path, write_gguf
 ) -> None:
     file = tmp_path / "short.gguf"
     write_gguf(tiny_llama_dir, file, extra=extra)
     assert converted(file).is_dir()
 
 
-def test_scaling_that_the_config_carries(tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_that_the_config_carries(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, write_gguf
+) -> None:
     def carried(factor: float) -> Callable[..., LlamaConfig]:
         rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
         return lambda *args, **kwargs: LlamaConfig(rope_parameters=rope)
