@@ -68,6 +68,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
 
     from qmemtune.adapters.files import WEIGHTS
     from qmemtune.data.prepare import prepare_heldout
+    from qmemtune.engine.made_with import another_base
     from qmemtune.engine.manifest import sha256
     from qmemtune.engine.restore import load_run
     from qmemtune.evaluation.forward import one_for_all
@@ -93,6 +94,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
             fresh_base=partial(load_base, config.model, config.quantization, device=loaded.device),
             progress=counter,
         )
+    out.warn(another_base(run, config))
     given = [*overrides, *([] if instruction is None else [f"instruction={instruction}"])]
     asked = [override for override in given if not override.startswith("run_dir=")]
     report = {"run_dir": str(run.path), "overrides": asked, "adapter_sha256": sha256(run.adapter / WEIGHTS), **report}
@@ -103,7 +105,8 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
 def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output, instruction: str | None) -> dict[str, Any]:
     out.working("loading the exported model")
     from qmemtune.cli.display import RowCounter
-    from qmemtune.export.evaluation import evaluate_exported, open_exported
+    from qmemtune.export.evaluation import evaluate_exported
+    from qmemtune.export.opening import open_exported
 
     out.libraries_are_loaded()
     exported = open_exported(folder, overrides)
@@ -115,17 +118,13 @@ def _evaluate_export(folder: Path, overrides: Sequence[str], out: Output, instru
 def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     """A model without an adapter: its metrics stand under ``tuned``, and ``base`` is null."""
     from qmemtune.cli.display import RowCounter
+    from qmemtune.cli.target import refuse_adapter
     from qmemtune.config.compose import compose
 
     composed = compose(overrides)
     out.warn(composed.warnings)
     config = composed.config
-    if (Path(config.model.path).expanduser() / "adapter_config.json").is_file():
-        raise UserError(
-            "this folder holds an adapter, not a whole model",
-            where=config.model.path,
-            fix="evaluate its run with run_dir=, or export it with export.format=merged",
-        )
+    refuse_adapter(config.model.path)
     out.working("loading the model")
     from qmemtune.data.prepare import prepare_heldout
     from qmemtune.evaluation.harness import check_tasks

@@ -1,4 +1,4 @@
-"""``qmemtune generate``: the live model of a run answers."""
+"""``qmemtune generate``: the live model of a run answers, or an exported folder, or a model by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qmemtune.errors import Finding, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qmemtune.engine.restore import LoadedRun
+    from qmemtune.engine.restore import LoadedModel
 
 BOM = "\ufeff"
 """What some editors put at the beginning of a file."""
@@ -52,43 +52,91 @@ def generate(
     debug: Debug = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer prompts with a run's live model, or chat.
+    """Answer prompts or chat: a run, an export or a model.
 
     A prompt, a file of prompts, or lines of stdin; with none of them on a terminal, a chat. generate RUN or
-    run_dir=RUN, else the newest run.
+    run_dir=RUN, else the newest run. generate FOLDER takes a folder that merge-export wrote; an adapter whose base was
+    a local model needs model.path=BASE too. recipe= or any other model.path= asks a model by itself.
     """
     with output(as_json, debug, quiet) as out:
-        from qmemtune.cli.target import load_target, with_run_dir
+        from qmemtune.cli.target import with_folder
 
         given, rest = _own_arguments(overrides or [])
-        rest = with_run_dir(rest)
+        rest = with_folder(rest)
         prompt = prompt if prompt is not None else given.get("prompt")
         instruction = instruction if instruction is not None else given.get("instruction")
         chat = prompt is None and file is None and sys.stdin.isatty()
         if chat and as_json:
             raise UserError("a chat gives no JSON", where="--json", fix="give --prompt or --file, or leave --json out")
         rows = [] if chat else list(_prompts(prompt, file))
-        run, composed = load_target(rest, out, needs_data=False)
-        out.working("loading the run's model")
-        from qmemtune.engine.restore import load_run
-
-        out.libraries_are_loaded()
-        loaded = load_run(run, composed.config)
+        asked, loaded = _load(rest, out)
         if instruction and not loaded.source.active:
-            out.warn([f"instruction={instruction} has no effect: the run's adapter has no instruction prior"])
+            out.warn([f"instruction={instruction} has no effect: there is no adapter with an instruction prior"])
         speaker = Speaker(loaded, instruction, max_new_tokens, temperature)
         if chat:
             _chat(speaker, out)
             return
         answers = [_answer(speaker, row, out, alone=len(rows) == 1) for row in rows]
         if out.as_json:
-            out.result({"run_dir": str(run.path), "answers": answers}, _nothing)
+            out.result({**asked, "answers": answers}, _nothing)
+
+
+def _load(overrides: Sequence[str], out: Output) -> tuple[dict[str, str], LoadedModel]:
+    """What is asked, as ``run_dir`` or ``model``, and its model."""
+    from qmemtune.cli.target import load_target, names_bare_model, split_export, split_run_dir
+
+    folder, rest = split_export(overrides)
+    if folder is not None:
+        out.working("loading the exported model")
+        from qmemtune.export.opening import load_exported, open_exported
+
+        out.libraries_are_loaded()
+        exported = open_exported(folder, rest, needs_data=False)
+        out.warn(exported.composed.warnings)
+        if exported.format == "merged" and exported.overridden("model.path"):
+            out.warn([f"model.path={exported.config.model.path} has no effect: a merged model needs no base"])
+        return {"model": str(folder)}, load_exported(exported)
+    if split_run_dir(overrides)[0] is None and names_bare_model(overrides):
+        return _load_bare_model(overrides, out)
+    run, composed = load_target(overrides, out, needs_data=False)
+    out.working("loading the run's model")
+    from qmemtune.engine.made_with import another_base
+    from qmemtune.engine.restore import load_run
+
+    out.libraries_are_loaded()
+    loaded = load_run(run, composed.config)
+    out.warn(another_base(run, composed.config))
+    return {"run_dir": str(run.path)}, loaded
+
+
+def _load_bare_model(overrides: Sequence[str], out: Output) -> tuple[dict[str, str], LoadedModel]:
+    from qmemtune.cli.target import refuse_adapter
+    from qmemtune.config.compose import compose
+    from qmemtune.config.missing import MISSING
+
+    composed = compose(overrides, allow_missing=True, needs_data=False)
+    out.warn(composed.warnings)
+    config = composed.config
+    if config.model.path == MISSING:
+        raise UserError("no model is named", where="model.path", fix="give model.path=FOLDER_OR_HUB_ID")
+    refuse_adapter(config.model.path)
+    out.working("loading the model")
+    from qmemtune.engine.restore import load_whole
+
+    out.libraries_are_loaded()
+    loaded = load_whole(config)
+    data = config.data
+    if data.path == MISSING and not data.sources and data.chat == "auto" and loaded.tokenizer.chat_template:
+        # No rows say how a prompt is rendered, and a model that brings a template was made for it.
+        out.note("prompts are put into the model's chat template; data.chat=never leaves them as they are")
+        data.chat = "always"
+    return {"model": config.model.path}, loaded
 
 
 class Speaker:
-    """A loaded run with the options of its answers."""
+    """A loaded model with the options of its answers."""
 
-    def __init__(self, loaded: LoadedRun, instruction: str | None, max_new_tokens: int, temperature: float) -> None:
+    def __init__(self, loaded: LoadedModel, instruction: str | None, max_new_tokens: int, temperature: float) -> None:
         self.loaded = loaded
         self.instruction = instruction
         self.max_new_tokens = max_new_tokens
@@ -96,7 +144,7 @@ class Speaker:
 
     @property
     def fields(self) -> list[str]:
-        """Fields of the run's prompt template; none without one."""
+        """Fields of the prompt template; none without one."""
         from qmemtune.data.examples import template
         from qmemtune.data.mixture import first_source
 

@@ -89,6 +89,20 @@ def names_bare_model(overrides: Sequence[str]) -> bool:
     return any(override.startswith(("recipe=", "model=", "model.path=")) for override in overrides)
 
 
+def refuse_adapter(path: str) -> None:
+    """Refuse a folder that holds an adapter where a whole model is meant.
+
+    Raises:
+        UserError: it does.
+    """
+    if (Path(path).expanduser() / "adapter_config.json").is_file():
+        raise UserError(
+            "this folder holds an adapter, not a whole model",
+            where=path,
+            fix="name its run with run_dir=, or export it with export.format=merged",
+        )
+
+
 def load_target(overrides: Sequence[str], out: Output, *, needs_data: bool = True) -> tuple[RunDir, Composed]:
     """The run that ``run_dir=`` names, or the newest one (and says which), with its config and the other overrides.
 

@@ -70,6 +70,7 @@ def compose(
     base: Mapping[str, Any] | None = None,
     base_name: str = "base",
     allow_missing: bool = False,
+    needs_data: bool = True,
 ) -> Composed:
     """Compose a recipe (or ``base``, or only the schema's defaults) and the overrides.
 
@@ -78,19 +79,21 @@ def compose(
         base: nested plain values to start from instead of a recipe.
         base_name: where messages say that those values stand.
         allow_missing: leave values that must be given at ``???`` instead of reporting them.
+        needs_data: whether the files of rows must be there.
 
     Raises:
         UserError: with every mistake in files and overrides.
     """
     given = read_overrides(overrides)
+    excused = None if needs_data else _data_may_be_gone
     if base is not None:
-        return _compose_on(list(flatten(base, base_name)), given, allow_missing, quiet=base_name)
+        return _compose_on(list(flatten(base, base_name)), given, allow_missing, quiet=base_name, excused=excused)
     recipe = _find_recipe(given)
     given.incomplete = given.incomplete or (recipe is None and given.recipe not in (None, NO_RECIPE))
     layers = _compose_files(recipe, given)
     name = NO_RECIPE if recipe is None else recipe.stem
     first = [Setting("recipe", name, f"recipe={given.recipe}", is_text=True)] if recipe else []
-    return _finish([*first, *layers], given, allow_missing)
+    return _finish([*first, *layers], given, allow_missing, excused=excused)
 
 
 def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = True) -> Composed:
@@ -172,6 +175,10 @@ def _finish(
         [*unused_options(result.config, _given(result, quiet)), *_overruled(layers, given, result)],
         [finding.problem.split()[0] for finding in result.missing],
     )
+
+
+def _data_may_be_gone(key: str, config: Config) -> bool:
+    return is_data_path(key)
 
 
 def is_data_path(key: str) -> bool:

@@ -15,12 +15,13 @@ from qmemtune.config.schema import Config
 from qmemtune.config.settings import flatten
 from qmemtune.data.changes import all_files, state_of
 from qmemtune.data.fingerprint import rows_digest
+from qmemtune.engine.checkpoints import found_checkpoints
 from qmemtune.engine.environment import PACKAGES, processor_name, version_of
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.engine.steps import StepCount
 from qmemtune.errors import Finding, UserError
 from qmemtune.models.fingerprint import base_digests
-from qmemtune.rundir import read_json
+from qmemtune.rundir import RunDir, read_json
 
 FILE = "made_with.json"
 NOT_KEPT = ("run_dir", "resume.")
@@ -178,6 +179,16 @@ def base_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> l
             }
             found.append(Change(words[name], True))
     return sorted(found, key=lambda change: change.words)
+
+
+def another_base(run: RunDir, config: Config) -> list[str]:
+    """What the user should know where a finished run's base is not the one that it was trained on, as far as its last
+    checkpoint knows that."""
+    known = [folder / FILE for folder in found_checkpoints(run.checkpoints) if (folder / FILE).is_file()]
+    if not known:
+        return []
+    changes = base_changes(read_json(known[-1]), {"base": digests_of_base(config)}, config)
+    return [f"the adapter was trained on another base: {change.words}" for change in changes]
 
 
 def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[Change]:

@@ -1,4 +1,4 @@
-"""Loads the live model of a run: its base with its final adapter."""
+"""Loads a model that answers: the live one of a run (its base with its final adapter), or a whole one by itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from qmemtune.adapters import InstructionSource
 from qmemtune.adapters.files import check_adapter_folder
@@ -20,10 +21,10 @@ from qmemtune.rundir import RunDir
 
 
 @dataclass
-class LoadedRun:
-    """A run's model, ready to evaluate, generate and export."""
+class LoadedModel:
+    """A model, ready to evaluate and generate."""
 
-    model: PeftModel
+    model: nn.Module
     """In eval mode, nothing trainable."""
     tokenizer: Any
     config: Config
@@ -31,6 +32,13 @@ class LoadedRun:
     dtype: torch.dtype
     """Of the arithmetic."""
     source: InstructionSource
+
+
+@dataclass
+class LoadedRun(LoadedModel):
+    """A run's model, ready to be exported too."""
+
+    model: PeftModel
 
 
 def load_run(run: RunDir, config: Config, *, device: torch.device | None = None) -> LoadedRun:
@@ -92,6 +100,23 @@ def load_adapted(adapter: Path, config: Config, *, device: torch.device | None =
     if isinstance(config.adapter, QueryableConfig):
         places.insert(0, Path(config.adapter.prior_encoder))
     return LoadedRun(model, tokenizer, config, device, dtype, InstructionSource(model, tokenizer, places=places))
+
+
+def load_whole(config: Config, *, device: torch.device | None = None) -> LoadedModel:
+    """Load a model without an adapter.
+
+    Args:
+        config: names model, tokenizer and quantisation.
+        device: where to put the model; chosen by the hardware if not given.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    device = device or pick_device()
+    tokenizer = load_tokenizer(config.model)
+    model = load_base(config.model, config.quantization, device=device)
+    dtype = compute_dtype(config.model.compute_dtype, device)
+    return LoadedModel(model, tokenizer, config, device, dtype, InstructionSource(model, tokenizer))
 
 
 def two_lines(error: Exception) -> str:

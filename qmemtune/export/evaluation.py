@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from qmemtune.config.compose import Composed, compose
-from qmemtune.config.interpolate import escape
-from qmemtune.config.model import QuantizationConfig
 from qmemtune.config.schema import Config
 from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import load_adapted
@@ -19,87 +15,10 @@ from qmemtune.evaluation.evaluate import EvalProgress
 from qmemtune.evaluation.forward import one_for_all
 from qmemtune.evaluation.harness import check_tasks
 from qmemtune.evaluation.verb import Measured, by_itself, evaluate_pair, measure, prefixed, side_by_side
-from qmemtune.export.marker import MARKER, read_marker
+from qmemtune.export.opening import Exported
 from qmemtune.export.pin import check_base
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.models.loading import load_base, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An exported folder with the settings to measure it."""
-
-    path: Path
-    format: str
-    composed: Composed
-    """Base model, quantisation, rows and evaluation: the marker's, with overrides on top."""
-    base: str
-    """The base's name, to show."""
-    base_sha256: str | None
-    """Digest of a local base's weights."""
-    base_known: bool
-    """Whether the config names the base: a local one has no place in a marker, and must be given."""
-
-    @property
-    def config(self) -> Config:
-        return self.composed.config
-
-    def overridden(self, key: str) -> bool:
-        """Whether an override, not the marker, set a key."""
-        return self.composed.provenance[key] not in (str(self.path / MARKER), "default")
-
-
-def open_exported(folder: Path, overrides: Sequence[str]) -> Exported:
-    """Read the marker of an exported folder.
-
-    Args:
-        folder: what ``merge-export`` wrote.
-        overrides: as of :func:`~qmemtune.config.compose.compose`; ``model.path`` names the base.
-
-    Raises:
-        UserError: the folder has no usable marker, the overrides are wrong, or an adapter's base must be given.
-    """
-    file = folder / MARKER
-    content = read_marker(folder)
-    if content is None:
-        raise UserError(
-            f"not an exported folder: it holds no {MARKER}",
-            where=str(folder),
-            fix="give a folder that `qmemtune merge-export` wrote, or measure a whole model with model.path=",
-        )
-    try:
-        origin, form = content["base"], content["format"]
-        name, local = origin["source"], origin.get("local", False)
-        # Only these sections: a folder from somebody else must not decide what code runs here.
-        start = {section: content.get(section, {}) for section in ("data", "evaluation", "quantization")}
-        # A local base is in no known place: the folder itself stands in for it until the user names it.
-        start["model"] = {
-            "path": str(folder) if local else name,
-            "revision": origin["revision"],
-            "compute_dtype": origin.get("compute_dtype", "auto"),
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"not the marker of an exported folder ({error})", where=str(file)) from error
-    composed = compose(overrides, base=plain_text(start), base_name=str(file))
-    given = composed.provenance["model.path"] != str(file)
-    base = composed.config.model.path if given else name
-    found = Exported(folder, form, composed, base, origin.get("sha256") if local else None, given or not local)
-    if not found.base_known and form != "merged":
-        raise UserError(
-            f"this adapter's base, {name}, was a local model, whose place is not recorded",
-            where=str(folder),
-            fix=f"name it: qmemtune eval export.path={folder} model.path=FOLDER_OF_{name}",
-        )
-    return found
-
-
-def plain_text(value: Any) -> Any:
-    """Values of a marker such that no text in them is taken for a reference to a key."""
-    if isinstance(value, dict):
-        return {key: plain_text(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain_text(item) for item in value]
-    return escape(value) if isinstance(value, str) else value
 
 
 def evaluate_exported(
@@ -183,9 +102,8 @@ def evaluate_merged(
             if exported.overridden("model.path"):
                 raise
             say(f"the base is not measured: {error.findings[0]}")
-    quantization = config.quantization if exported.overridden("quantization.kind") else QuantizationConfig()
     merged = replace(config.model, path=str(exported.path), revision=None)
-    tuned = measured(replace(config, model=merged, quantization=quantization), "tuned")
+    tuned = measured(replace(config, model=merged, quantization=exported.merged_quantization), "tuned")
     if base is None:
         return by_itself(tuned, rows, config.evaluation, tokenizer)
     return side_by_side(base, tuned, rows, config.evaluation, tokenizer)

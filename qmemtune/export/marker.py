@@ -9,6 +9,7 @@ from typing import Any
 from qmemtune import __version__
 from qmemtune.config.data import DataConfig
 from qmemtune.config.schema import Config
+from qmemtune.data.render import form_of
 from qmemtune.models.sources import PACKAGE, Source
 from qmemtune.rundir import EXPORT_MARKER, read_json, write_json
 
@@ -38,6 +39,8 @@ def marker(config: Config, source: Source, result: dict[str, Any]) -> dict[str, 
         "quantization": asdict(config.quantization),
         "adapter": public(asdict(config.adapter)),
         "data": data_options(config.data),
+        # Where the export is, no rows may be at hand that say how a prompt is rendered.
+        "form": form_of(config.data),
         "evaluation": asdict(config.evaluation),
         "seed": config.seed,
     }

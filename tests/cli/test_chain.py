@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qmemtune.cli.app import main
+from qmemtune.export.opening import open_exported
 
 ANSWERS = ["red", "green", "blue", "white", "black"]
 
@@ -80,6 +83,48 @@ def test_an_exported_folder_is_measured_by_its_own_settings(call, tiny_llama_dir
     assert found["tuned"]["loss"] > 0
     # A local base is not in the marker by its place, so it cannot be measured without being named.
     assert found["base"] is None
+
+
+def test_an_export_and_its_base_answer_as_they_were_trained(call, tiny_llama_dir: Path, tmp_path: Path, capsys) -> None:
+    words = [{"instruction": f"Say {word}", "output": word} for word in ANSWERS * 8]
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(json.dumps(row) for row in words), encoding="utf-8")
+    steps = ["model.compute_dtype=float32", "data.path=alpaca.jsonl", "trainer.max_steps=3", "adapter=queryable"]
+    call("train", f"model.path={tiny_llama_dir}", *steps, "run_dir=one")
+    ask = ["--prompt", "Say red", "--max-new-tokens", "4"]
+    live = call("generate", "one", *ask)["answers"]
+    exports = {}
+    for form in ("live", "merged"):
+        call("merge-export", "one", f"export.format={form}", f"export.path={form}")
+        # As somebody else finds it: the rows are not there, which would show how a prompt is rendered.
+        exports[form] = tmp_path / "elsewhere" / form
+        exports[form].parent.mkdir(exist_ok=True)
+        (tmp_path / form).rename(exports[form])
+    (tmp_path / "alpaca.jsonl").unlink()
+    assert open_exported(exports["merged"], [], needs_data=False).config.data.format == "alpaca"
+    base = f"model.path={tiny_llama_dir}"
+    assert call("generate", str(exports["live"]), base, *ask) == {"model": str(exports["live"]), "answers": live}
+    # The folder's model, not the newest run's adapter on it.
+    for arguments in ([f"model.path={exports['merged']}"], [str(exports["merged"])]):
+        assert call("generate", *arguments, *ask)["model"] == str(exports["merged"])
+    assert call("generate", base, *ask)["model"] == str(tiny_llama_dir)
+    for chat, told in (("auto", True), ("never", False)):
+        assert main(["generate", base, f"data.chat={chat}", *ask]) == 0
+        assert ("the model's chat template" in capsys.readouterr().err) is told
+    error = call("generate", str(exports["live"]), *ask, code=2)["error"]
+    assert "was a local model" in error["problem"]
+    assert "model.path=FOLDER_OF_" in error["fix"]
+    assert call("generate", "model=local", *ask, code=2)["error"]["where"] == "model.path"
+
+
+def test_another_base_under_a_run_is_said(call, tiny_llama_dir: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama_dir, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.1 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    call("train", f"model.path={tiny_llama_dir}", "data.path=rows.jsonl", "trainer.max_steps=2", "run_dir=one")
+    for base, told in ((tiny_llama_dir, False), (other, True)):
+        assert main(["generate", "one", f"model.path={base}", "--prompt", "colour 3:", "--max-new-tokens", "1"]) == 0
+        assert ("trained on another base" in capsys.readouterr().err) is told
 
 
 def test_empty_data_is_an_error(call, tiny_llama_dir: Path) -> None:

@@ -22,8 +22,8 @@ from qmemtune.config.missing import MISSING
 from qmemtune.engine.restore import load_run
 from qmemtune.errors import RunFailed, UserError
 from qmemtune.export import export_run
-from qmemtune.export.evaluation import open_exported
 from qmemtune.export.hub import push
+from qmemtune.export.opening import open_exported
 from qmemtune.export.pin import check_base, weights_digest
 from qmemtune.models.sources import resolve
 
