@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 
 import numpy as np
 
-from qmemtune.config.data import DataConfig
+from qmemtune.config.data import DataConfig, SourceConfig
 from qmemtune.data.rows import TokenRows, joined_rows
+from qmemtune.errors import Finding, UserError
+
+OWN_KEY = re.compile(rf"\bdata\.({'|'.join(field.name for field in fields(SourceConfig))})\b")
+"""An option that each set of a mixture may have for itself."""
 
 
 def source_configs(config: DataConfig) -> dict[str, DataConfig]:
@@ -21,6 +27,26 @@ def source_configs(config: DataConfig) -> dict[str, DataConfig]:
         given = {key: value for key, value in vars(source).items() if key != "weight" and value not in (None, {})}
         configs[name] = replace(config, sources={}, **({"name": None} | given))
     return configs
+
+
+def with_keys_of(name: str, text: str) -> str:
+    """A text with the options of the set of that name where it speaks of those in data; "" is the only set."""
+    return OWN_KEY.sub(lambda key: f"data.sources.{name}.{key[1]}", text) if name else text
+
+
+@contextmanager
+def keys_of(name: str) -> Iterator[None]:
+    """Errors from within speak of the set's own options, which mend one set and leave the others alone."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        told = [
+            Finding(finding.problem, *(text and with_keys_of(name, text) for text in (finding.where, finding.fix)))
+            for finding in error.findings
+        ]
+        raise type(error).many(told) from error
 
 
 def first_source(config: DataConfig) -> DataConfig:

@@ -14,7 +14,7 @@ from qmemtune.config.missing import MISSING
 from qmemtune.data.cache import cache_entry, content
 from qmemtune.data.encode import Encoder
 from qmemtune.data.examples import LOOK_AT, Example
-from qmemtune.data.mixture import first_of_mixture, mixed, repeated, source_configs
+from qmemtune.data.mixture import first_of_mixture, keys_of, mixed, repeated, source_configs, with_keys_of
 from qmemtune.data.prepared import PreparedData
 from qmemtune.data.reading import Reading, Source
 from qmemtune.data.render import Renderer
@@ -219,7 +219,11 @@ class Preparation:
         return (mixed(rows, alike, 0) if len(rows) > 1 else next(iter(rows.values())))[:limit]
 
     def _tokenized(self, examples: list[Example], source: Source, part: PartReport, what: str) -> TokenRows:
-        renderer = Renderer(source.config, source.form, self.tokenizer, self.encoder)
+        with keys_of(source.report.name):
+            renderer = Renderer(source.config, source.form, self.tokenizer, self.encoder)
+        if part is self.report.train and renderer.chat is None:
+            warning = glued(examples[:LOOK_AT], source.config)
+            self.report.warn(warning and with_keys_of(source.report.name, warning))
         shown = f"tokenise {what}" if not source.report.name else f"tokenise {what} of {source.report.name}"
         rows, rejected = tokenize(
             examples, renderer, source.config, part, self.report, lambda done: self.progress(shown, done, len(examples))
@@ -242,8 +246,6 @@ class Preparation:
                 "the chat template writes the day's date into rows: on another day, without the cache, they are others "
                 "(for a fixed date give a template of your own: model.chat_template=FILE)"
             )
-        if not chat:
-            self.report.warn(glued(self.trained[:LOOK_AT], self.config))
         if self.report.split_conversations:
             self.report.warn(
                 f"{self.report.split_conversations} conversations became one row an answer: "

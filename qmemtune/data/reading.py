@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qmemtune.config.data import DataConfig
 from qmemtune.data.examples import Example, ExampleMaker
-from qmemtune.data.mixture import heldout_source
+from qmemtune.data.mixture import heldout_source, keys_of, with_keys_of
 from qmemtune.data.records import RawRow, Rejected
 from qmemtune.data.report import DataReport, SourceReport
 from qmemtune.data.sources import GENERATED, generated_rows, lacks_splits, read_rows
@@ -79,7 +79,8 @@ class Reading:
         path = config.path
         label = path if split == self.config.split or name else f"{path} ({split})"
         if config.name is not None and (path.startswith(GENERATED) or Path(path).expanduser().exists()):
-            self.report.warn(f"data.name has no effect for {path}: only hub data sets have configurations")
+            text = f"data.name has no effect for {path}: only hub data sets have configurations"
+            self.report.warn(with_keys_of(name, text))
         if not path.startswith(GENERATED):
             found = read_rows(path, name=config.name, split=split, streaming=config.streaming)
             return self._made(config, islice(found, self._rows_needed(heldout)), label, name)
@@ -117,9 +118,10 @@ class Reading:
             report.fail("there are no rows")
         if not raw:
             report.fail("no row can be read")
-        maker = ExampleMaker(config, raw)
-        report.form = maker.form.name
-        examples, rejected = maker.make(raw)
+        with keys_of(name):
+            maker = ExampleMaker(config, raw)
+            report.form = maker.form.name
+            examples, rejected = maker.make(raw)
         report.rejected.extend(rejected)
         report.check(config.max_rejected)
         if not examples:

@@ -57,6 +57,23 @@ def test_the_beginning_of_a_mixture_is_mixed_like_the_whole(sets, tokenizer):
     assert [row["origin"] for row in whole] == [row["origin"] for row in again]
 
 
+def test_advice_names_the_options_of_the_set(sets, write_rows, tokenizer):
+    glued = [{"prompt": f"what is {i}", "completion": "yes"} for i in range(40)]
+    sets["glued"] = SourceConfig(path=write_rows(glued, "glued.jsonl"))
+    told = [w for w in prepare_data(DataConfig(sources=sets), tokenizer).report.warnings if "run straight" in w]
+    assert ["data.sources.asks.prompt_template=" in w for w in told] == [True, False]
+    assert ["what is " in w and "data.sources.glued.prompt_template=" in w for w in told] == [False, True]
+    questions = [{"question": "a", "reply": "b"}] * 4
+    sets["other"] = SourceConfig(path=write_rows(questions, "other.jsonl"))
+    with pytest.raises(UserError) as caught:
+        prepare_data(DataConfig(sources=sets), tokenizer)
+    assert "data.sources.other.columns='{prompt: question" in caught.value.findings[0].fix
+    sets["other"].columns = {"prompt": "queston", "completion": "reply"}
+    with pytest.raises(UserError) as caught:
+        prepare_data(DataConfig(sources=sets), tokenizer)
+    assert caught.value.findings[0].where == "data.sources.other.columns.prompt"
+
+
 @pytest.mark.parametrize("weight", [1.0, 3.0, 0.5])
 def test_a_limit_cuts_all_sets_alike(write_rows, tokenizer, weight):
     counts = {"large": 90, "small": 10}
