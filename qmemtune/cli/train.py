@@ -10,7 +10,11 @@ from qmemtune.cli.options import Debug, Json, Overrides, Quiet
 from qmemtune.cli.output import output
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
+
+    from qmemtune.config.schema import Config
 
 
 def train(
@@ -41,10 +45,20 @@ def train(
 
         out.libraries_are_loaded()
         summary = run_training(composed, progress=make_progress(quiet=quiet))
-        out.result(summary, lambda console: _show(console, summary))
+        out.result(summary, lambda console: _show(console, summary, _next(composed.config, summary)))
 
 
-def _show(console: Console, summary: dict[str, Any]) -> None:
+def _next(config: Config, summary: dict[str, Any]) -> list[str]:
+    """Verbs that this run is ready for."""
+    from qmemtune.config.regression import is_regression
+
+    if is_regression(config):
+        return []
+    measured = ["eval"] if summary.get("eval") else []
+    return measured + (["generate"] if config.adapter.kind == "peft" else ["merge-export", "generate"])
+
+
+def _show(console: Console, summary: dict[str, Any], verbs: Sequence[str]) -> None:
     from qmemtune.cli.numbers import metrics_line, short
 
     loss = f", train loss {short(summary['train_loss'])}" if summary.get("train_loss") is not None else ""
@@ -59,7 +73,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     if speed:
         console.print(f"speed: {', '.join(speed)}; {summary['trainable_parameters']:,} trainable parameters")
     console.print(f"run folder: {summary['run_dir']}", markup=False)
-    console.print("next: qmemtune eval, qmemtune merge-export, qmemtune generate", style="dim")
+    if verbs:
+        console.print(f"next: {', '.join(f'qmemtune {verb}' for verb in verbs)}", style="dim")
 
 
 def show_facts(console: Console, facts: dict[str, Any], indent: str = "") -> None:

@@ -136,6 +136,8 @@ def unknown_key(setting: Setting, kind: str) -> Finding:
     own = list(fields_of(kind))
     known = own + [other for name in ADAPTERS for other in fields_of(name) if other not in own]
     meant = familiar(key)
-    close = [meant] if meant else nearest(key, known)
+    # `group=option` with a slip in the group's name.
+    groups = nearest(key, ["recipe", *list_groups()]) if "." not in key else []
+    close = [meant] if meant else groups or nearest(key, known)
     fix = f"did you mean {close[0]}?" if close else "`qmemtune config` prints every key"
     return Finding(f"unknown key {key}", setting.where, fix)

@@ -134,6 +134,8 @@ class Preparation:
             report.check(config.max_rejected)
         if config.eval_fraction > 0 and not held_rows:
             self.report.warn("no held-out row is left, so nothing can be evaluated")
+        elif not held_rows:
+            self.report.warn("data.eval_fraction=0 holds no row out, so nothing can be evaluated")
         self.report.train.count(train_rows)
         self.report.heldout.count(held_rows)
         first = next(iter(sources.values()), apart)

@@ -127,6 +127,19 @@ def test_another_base_under_a_run_is_said(call, tiny_llama_dir: Path, tmp_path: 
         assert ("trained on another base" in capsys.readouterr().err) is told
 
 
+@pytest.mark.parametrize(
+    ("options", "verbs"),
+    [
+        (["adapter=lora"], "qmemtune eval, qmemtune merge-export, qmemtune generate"),
+        (["adapter=peft", "adapter.method=dora", "data.eval_fraction=0"], "qmemtune generate"),
+    ],
+)
+def test_a_run_names_the_verbs_that_take_it(call, tiny_llama_dir: Path, capsys, options, verbs) -> None:
+    base = [f"model.path={tiny_llama_dir}", "data.path=rows.jsonl", "trainer.max_steps=1", "run_dir=one"]
+    assert main(["train", *base, *options]) == 0
+    assert f"next: {verbs}\n" in capsys.readouterr().out
+
+
 def test_empty_data_is_an_error(call, tiny_llama_dir: Path) -> None:
     Path("empty.jsonl").write_text("", encoding="utf-8")
     error = call("train", f"model.path={tiny_llama_dir}", "data.path=empty.jsonl", "run_dir=three", code=2)["error"]

@@ -195,6 +195,8 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_names():
     ("override", "fix"),
     [
         ("max_steps=3", "did you mean trainer.max_steps?"),
+        ("adaptor=lora", "did you mean adapter?"),
+        ("quantisation=nf4", "did you mean quantization?"),
         ("trainer.learning_rate=3", "did you mean optimizer.learning_rate?"),
         ("model=./folder", "did you mean model.path=./folder?"),
         ("model=org/name", "did you mean model.path=org/name?"),

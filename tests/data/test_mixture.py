@@ -57,6 +57,13 @@ def test_the_beginning_of_a_mixture_is_mixed_like_the_whole(sets, tokenizer):
     assert [row["origin"] for row in whole] == [row["origin"] for row in again]
 
 
+def test_no_held_out_rows_are_said(sets, tokenizer):
+    told = prepare_data(DataConfig(sources=sets, eval_fraction=0.0), tokenizer).report.warnings
+    assert any("holds no row out" in warning for warning in told)
+    told = prepare_data(DataConfig(sources=sets, eval_fraction=0.5), tokenizer).report.warnings
+    assert not any("can be evaluated" in warning for warning in told)
+
+
 def test_advice_names_the_options_of_the_set(sets, write_rows, tokenizer):
     glued = [{"prompt": f"what is {i}", "completion": "yes"} for i in range(40)]
     sets["glued"] = SourceConfig(path=write_rows(glued, "glued.jsonl"))
