@@ -24,11 +24,14 @@ def config(
     debug: Debug = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print the config that a recipe and overrides make."""
-    with output(as_json, debug, quiet) as out:
-        from qmemtune.config.compose import compose, to_dict, to_yaml
+    """Print the config that a recipe and overrides make.
 
-        composed = compose(overrides or [], allow_missing=True)
+    run_dir=RUN without a recipe prints that run's own.
+    """
+    with output(as_json, debug, quiet) as out:
+        from qmemtune.config.compose import compose_run, to_dict, to_yaml
+
+        composed = compose_run(overrides or [], allow_missing=True)
         out.warn(composed.warnings)
         out.warn([f"{key} must still be given" for key in composed.missing])
         if why is not None:

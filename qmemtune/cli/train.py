@@ -28,9 +28,9 @@ def train(
 ) -> None:
     """Train an adapter: train recipe=quickstart."""
     with output(as_json, debug, quiet) as out:
-        from qmemtune.config.compose import compose
+        from qmemtune.config.compose import compose_run
 
-        composed = compose(overrides or [])
+        composed = compose_run(overrides or [])
         out.warn(composed.warnings)
         out.working("checking the run: rows, model, memory")
         if dry_run:

@@ -39,7 +39,7 @@ from qmemtune.config.yaml_file import read_yaml
 from qmemtune.errors import Finding, UserError
 from qmemtune.rundir import RunDir
 
-__all__ = ["Composed", "compose", "load_resolved", "to_dict", "to_yaml"]
+__all__ = ["Composed", "compose", "compose_run", "load_resolved", "to_dict", "to_yaml"]
 
 NO_RECIPE = "custom"
 MOVABLE = "adapter.prior_encoder"
@@ -94,6 +94,42 @@ def compose(
     name = NO_RECIPE if recipe is None else recipe.stem
     first = [Setting("recipe", name, f"recipe={given.recipe}", is_text=True)] if recipe else []
     return _finish([*first, *layers], given, allow_missing, excused=excused)
+
+
+def compose_run(overrides: Sequence[str], *, allow_missing: bool = False) -> Composed:
+    """:func:`compose`; a run that has been started and is named without a recipe and a model brings its own config.
+
+    Args:
+        overrides: as of :func:`compose`. ``run_dir``, or a checkpoint in ``resume.path``, names the run.
+        allow_missing: as of :func:`compose`.
+
+    Raises:
+        UserError: with every mistake in files and overrides.
+    """
+    given = read_overrides(overrides)
+    path = _started_run(given)
+    if path is None:
+        return compose(overrides, allow_missing=allow_missing)
+    file = read_yaml(path)
+    given.findings.extend(file.findings)
+    # The folder may have been moved since.
+    start = [setting for setting in renamed(file.settings) if setting.key != "run_dir"]
+    return _compose_on(start, given, allow_missing, quiet=shown(path))
+
+
+def _started_run(given: Overrides) -> Path | None:
+    """The config.yaml of the run that a command line names, if it does not itself say what to train."""
+    values = {setting.key: str(setting.value) for setting in given.settings}
+    if given.recipe is not None or "model" in given.groups or "model.path" in values:
+        return None
+    checkpoint = values.get("resume.path", "auto")
+    if "run_dir" in values:
+        path = RunDir(Path(values["run_dir"])).config
+    elif checkpoint != "auto":
+        path = RunDir(Path(checkpoint).expanduser().absolute().parent.parent).config
+    else:
+        return None
+    return path if path.is_file() else None
 
 
 def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = True) -> Composed:

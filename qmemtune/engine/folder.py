@@ -156,7 +156,7 @@ def resume_command(arguments: list[str], run: RunDir) -> str:
     """
     kept = [a for a in arguments[1:] if not a.startswith(("run_dir=", "resume=", "resume.path="))]
     if kept[:1] != ["train"]:
-        # Not started by the command line's verb (a script, a test): name what is needed, no more.
-        kept = ["train", "..."]
+        # Not started by the command line's verb (a script, a test): the folder has the config.
+        kept = ["train"]
     words = ["qmemtune", *kept, f"run_dir={run.path}", "resume=auto"]
     return hide(" ".join(shlex.quote(word) for word in words))

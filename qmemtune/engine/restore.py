@@ -66,7 +66,7 @@ def require_adapter(run: RunDir) -> None:
         raise UserError(
             "the run has no final adapter: it was interrupted or failed",
             where=str(run.path),
-            fix=f"go on with it: qmemtune train ... run_dir={run.path} resume=auto",
+            fix=f"go on with it: qmemtune train run_dir={run.path} resume=auto",
         )
 
 

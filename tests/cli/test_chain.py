@@ -127,6 +127,25 @@ def test_another_base_under_a_run_is_said(call, tiny_llama_dir: Path, tmp_path: 
         assert ("trained on another base" in capsys.readouterr().err) is told
 
 
+def test_a_run_goes_on_by_its_own_config(call, tiny_llama_dir: Path, capsys, tmp_path: Path) -> None:
+    steps = ["trainer.max_steps=3", "trainer.save_steps=1", "optimizer.schedule=constant", "adapter.r=2", "seed=5"]
+    call("train", f"model.path={tiny_llama_dir}", "data.path=rows.jsonl", *steps, "run_dir=first")
+    run = (tmp_path / "first").rename(tmp_path / "moved")
+    longer = ["trainer.max_steps=4", "resume=auto"]
+    found = call("train", "run_dir=moved", *longer)
+    assert (found["steps"], found["run_dir"]) == (4, "moved")
+    found = call("train", f"resume={run}/checkpoints/checkpoint-4", "trainer.max_steps=5")
+    assert (found["steps"], Path(found["run_dir"])) == (5, run)
+    shown = call("config", "run_dir=moved", "trainer.logging_steps=7")
+    assert (shown["seed"], shown["adapter"]["r"], shown["trainer"]["logging_steps"]) == (5, 2, 7)
+    assert call("config", "run_dir=moved", "--why", "seed")["source"].startswith("moved/config.yaml:")
+    # Without resume it is another run's folder, and with a model the command line says it all.
+    assert "holds a finished run" in call("train", "run_dir=moved", code=2)["error"]["problem"]
+    plain = call("config", "run_dir=moved", f"model.path={tiny_llama_dir}")
+    assert plain["adapter"]["r"] != 2
+    assert call("train", "run_dir=nowhere", "resume=auto", code=2)["error"]["where"] == "model.path"
+
+
 @pytest.mark.parametrize(
     ("options", "verbs"),
     [

@@ -142,7 +142,7 @@ def test_resume_command_is_one_a_shell_takes():
     assert resume_command(argv, RunDir(Path("runs/x"))) == (
         "qmemtune train 'recipe=a b' --json run_dir=runs/x resume=auto"
     )
-    assert resume_command(["pytest"], RunDir(Path("r"))) == "qmemtune train ... run_dir=r resume=auto"
+    assert resume_command(["pytest"], RunDir(Path("r"))) == "qmemtune train run_dir=r resume=auto"
 
 
 def test_several_gpus_in_one_process_are_refused(monkeypatch):
