@@ -108,6 +108,14 @@ def compose_run(overrides: Sequence[str], *, allow_missing: bool = False) -> Com
     """
     given = read_overrides(overrides)
     path = _started_run(given)
+    if path is not None and not path.is_file():
+        if any(setting.key == "resume.path" for setting in given.settings):
+            raise UserError(
+                f"there is no run to go on with: no {path.name} is there",
+                where=shown(path.parent),
+                fix="name a run's folder with run_dir=, or say what to train with recipe=NAME or model.path=",
+            )
+        path = None
     if path is None:
         return compose(overrides, allow_missing=allow_missing)
     file = read_yaml(path)
@@ -118,18 +126,16 @@ def compose_run(overrides: Sequence[str], *, allow_missing: bool = False) -> Com
 
 
 def _started_run(given: Overrides) -> Path | None:
-    """The config.yaml of the run that a command line names, if it does not itself say what to train."""
+    """Where the config.yaml of the run is that a command line names, if it does not itself say what to train."""
     values = {setting.key: str(setting.value) for setting in given.settings}
     if given.recipe is not None or "model" in given.groups or "model.path" in values:
         return None
     checkpoint = values.get("resume.path", "auto")
     if "run_dir" in values:
-        path = RunDir(Path(values["run_dir"])).config
-    elif checkpoint != "auto":
-        path = RunDir(Path(checkpoint).expanduser().absolute().parent.parent).config
-    else:
-        return None
-    return path if path.is_file() else None
+        return RunDir(Path(values["run_dir"])).config
+    if checkpoint != "auto":
+        return RunDir(Path(checkpoint).expanduser().absolute().parent.parent).config
+    return None
 
 
 def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = True) -> Composed:

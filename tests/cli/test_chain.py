@@ -143,7 +143,7 @@ def test_a_run_goes_on_by_its_own_config(call, tiny_llama_dir: Path, capsys, tmp
     assert "holds a finished run" in call("train", "run_dir=moved", code=2)["error"]["problem"]
     plain = call("config", "run_dir=moved", f"model.path={tiny_llama_dir}")
     assert plain["adapter"]["r"] != 2
-    assert call("train", "run_dir=nowhere", "resume=auto", code=2)["error"]["where"] == "model.path"
+    assert call("train", "run_dir=nowhere", "resume=auto", code=2)["error"]["where"] == "nowhere"
 
 
 @pytest.mark.parametrize(
