@@ -81,7 +81,7 @@ def main() -> None:
             )
             rates["one at a time"].append(len(rows) / (middle - start))
             rates["batched"].append(len(rows) / (time.perf_counter() - middle))
-    equal = sum(a == b for a, b in zip(single, batched, strict=True)) / len(rows)
+    equal = sum(a == b.text for a, b in zip(single, batched, strict=True)) / len(rows)
     ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
     header = ["rows", "one at a time (rows/s)", "batched (rows/s)", "ratio", "equal answers"]
     medians = [f"{statistics.median(values):.2f}" for values in rates.values()]

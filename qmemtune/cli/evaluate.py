@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+TOLERATED = 0.05
+"""Share of the answers that may be cut off, or hold no answer, without a word."""
+
+
 def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = False, quiet: Quiet = False) -> None:
     """Measure a run or an exported folder beside its base, or a bare model.
 
@@ -43,12 +47,25 @@ def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = 
         else:
             report = _evaluate_run(given, out, instruction)
         out.result(report, lambda console: _show(console, report))
+        out.warn(doubts(report["tuned"]))
         failed = _failed_tasks(report)
         if failed:
             # After the result, and beside it: with --json, stdout holds that one object.
             error = RunFailed(failed[0], where="evaluation.tasks", fix="the other numbers are measured and kept")
             print_error(error, as_json=False, debug=False)
             raise typer.Exit(1)
+
+
+def doubts(metrics: dict[str, Any]) -> list[str]:
+    """What makes a share of exact matches smaller than the model is good."""
+    rows = metrics.get("exact_match_rows") or 0
+    cut, without = metrics.get("exact_match_cut") or 0, metrics.get("exact_match_without_answer") or 0
+    found = []
+    if cut > TOLERATED * rows:
+        found.append(f"{cut} of {rows} answers were cut off -> raise evaluation.exact_match.max_new_tokens")
+    elif without > TOLERATED * rows:
+        found.append(f"evaluation.exact_match.answer_pattern finds nothing in {without} of {rows} answers")
+    return found
 
 
 def _failed_tasks(report: dict[str, Any]) -> list[str]:

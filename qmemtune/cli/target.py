@@ -40,7 +40,7 @@ def with_run_dir(arguments: Sequence[str]) -> list[str]:
     folders = [a for a in arguments if _is_bare(a)]
     rest = [a for a in arguments if a not in folders]
     named = folders + [a.partition("=")[2] for a in rest if a.removeprefix("+").startswith("run_dir=")]
-    if len(named) > 1:
+    if len({Path(name).expanduser().resolve() for name in named}) > 1:
         raise UserError(f"{len(named)} runs are named: {', '.join(named)}", fix="name one run folder")
     return [f"run_dir={folder}" for folder in folders] + rest
 

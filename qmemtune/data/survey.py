@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ COMMON = 10
 """A run of words that so many training rows hold is wording they have in common, not a leak."""
 SHOWN_LEAKS = 3
 WORD = re.compile(r"\w+")
+NEAR = 64
+"""Rows after an index among which one of another file is looked for."""
 
 
 def survey(config: DataConfig, tokenizer: Any, *, samples: int = 3, progress: Progress = silent) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def survey(config: DataConfig, tokenizer: Any, *, samples: int = 3, progress: Pr
         "lengths": length_histogram(data.train.lengths, data.heldout.lengths),
         "duplicates": duplicates(preparation.trained),
         "leakage": leakage(preparation.trained, preparation.held, data.report.removed_as_heldout),
-        "samples": [taken_apart(data.train, i, tokenizer) for i in spread(len(data.train), samples)],
+        "samples": [taken_apart(data.train, i, tokenizer) for i in spread(data.train, samples)],
     }
 
 
@@ -135,10 +137,19 @@ def pair(kind: str, held: Example, trained: Example) -> dict[str, str]:
     return {"kind": kind, "heldout": held.raw.origin, "train": trained.raw.origin, "text": held.user[:80]}
 
 
-def spread(count: int, wanted: int) -> Iterable[int]:
-    """Indices spread evenly over ``count`` rows."""
+def spread(rows: TokenRows, wanted: int) -> list[int]:
+    """Indices spread evenly over the rows, and as far as that goes over their files: a mixture deals its sets out in a
+    rhythm with which the distance of the indices may coincide."""
+    count, shown = len(rows), Counter[str]()
     wanted = min(count, wanted)
-    return (i * count // wanted for i in range(wanted))
+    found = []
+    for i in range(wanted):
+        start, end = i * count // wanted, (i + 1) * count // wanted
+        near = {index: rows[index]["origin"].rpartition(":")[0] for index in range(start, min(end, start + NEAR))}
+        index = min(near, key=lambda index: (shown[near[index]], index))
+        shown[near[index]] += 1
+        found.append(index)
+    return found
 
 
 def taken_apart(rows: TokenRows, index: int, tokenizer: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,14 @@ batches, since a decoding step costs nearly the same for one row as for many."""
 MAX_BATCH = 128
 
 
+class Answer(NamedTuple):
+    """What a model said to a prompt."""
+
+    text: str
+    cut: bool
+    """Whether it was the limit that ended it, not the model."""
+
+
 def greedy_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -32,7 +40,7 @@ def greedy_answers(
     source: Instructions | None = None,
     autocast: Autocast = nullcontext,
     progress: Callable[[int], None] | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """The answer of each row, in the order of ``rows``: what follows its prompt, up to an end token.
 
     Args:
@@ -47,7 +55,7 @@ def greedy_answers(
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True
     )
-    answers = [""] * len(rows)
+    answers = [Answer("", cut=False)] * len(rows)
     done = 0
     with own_generation_config(model, config), dequantized_on_cpu(model), contiguous_head_input(model):
         for indices in generation_batches([len(p) for p in prompts], max_new_tokens, batch_size):
@@ -59,7 +67,8 @@ def greedy_answers(
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )
             for i, new in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = decoded(tokenizer, until_end(new, ends))
+                own = until_end(new, ends)
+                answers[i] = Answer(decoded(tokenizer, own), cut=len(own) == max_new_tokens)
             done += len(indices)
             if progress is not None:
                 progress(done)

@@ -28,6 +28,10 @@ class RowMatch:
     """The reference answer, or the part of it that the answer pattern finds."""
     group: str = ""
     """The row's group; empty for none."""
+    cut: bool = False
+    """Whether the output was cut at the longest length."""
+    found: bool = True
+    """Whether the answer pattern finds anything in the output."""
 
 
 def row_matches(
@@ -69,14 +73,17 @@ def row_matches(
         autocast=autocast,
         progress=progress,
     )
+    answers = [extract_answer(output.text, pattern) for output in outputs]
     return [
         RowMatch(
-            correct=answer is not None and extract_answer(output, pattern) == answer,
-            output=output,
-            expected=str(row["answer"]).strip() if answer is None else answer,
+            correct=reference is not None and answer == reference,
+            output=output.text,
+            expected=str(row["answer"]).strip() if reference is None else reference,
             group=str(row.get("group") or ""),
+            cut=output.cut,
+            found=answer is not None,
         )
-        for row, output, answer in zip(rows, outputs, expected, strict=True)
+        for row, output, answer, reference in zip(rows, outputs, answers, expected, strict=True)
     ]
 
 

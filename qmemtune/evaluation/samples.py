@@ -57,7 +57,7 @@ def sample_answers(
         autocast=autocast,
     )
     return [
-        Sample(decoded(tokenizer, row["prompt_ids"]), output, str(row["answer"]))
+        Sample(decoded(tokenizer, row["prompt_ids"]), output.text, str(row["answer"]))
         for row, output in zip(chosen, outputs, strict=True)
     ]
 

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qmemtune.cli.app import main
+from qmemtune.cli.evaluate import doubts
 from qmemtune.export.opening import open_exported
 
 ANSWERS = ["red", "green", "blue", "white", "black"]
@@ -163,3 +164,14 @@ def test_empty_data_is_an_error(call, tiny_llama_dir: Path) -> None:
     Path("empty.jsonl").write_text("", encoding="utf-8")
     error = call("train", f"model.path={tiny_llama_dir}", "data.path=empty.jsonl", "run_dir=three", code=2)["error"]
     assert "empty.jsonl" in (error["where"] or "") + error["problem"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "without", "told"),
+    [(0, 0, []), (1, 1, []), (6, 9, ["6 of 60 answers were cut"]), (0, 9, ["finds nothing in 9 of 60"])],
+)
+def test_answers_that_were_cut_or_hold_no_answer_are_said(cut: int, without: int, told: list[str]) -> None:
+    found = doubts({"exact_match_rows": 60, "exact_match_cut": cut, "exact_match_without_answer": without})
+    assert len(found) == len(told)
+    assert all(part in line for part, line in zip(told, found, strict=True))
+    assert doubts({"loss": 1.0}) == []

@@ -98,8 +98,11 @@ def test_sets_of_rows_are_groups(run_dir, capsys):
 
 @pytest.mark.parametrize("mark", ["", "+"])
 def test_one_run_at_a_time(tmp_path, capsys, mark):
-    assert main(["inspect", str(tmp_path), f"{mark}run_dir={tmp_path}"]) == 2
+    assert main(["inspect", str(tmp_path), f"{mark}run_dir={tmp_path / 'other'}"]) == 2
     assert "2 runs are named" in capsys.readouterr().err
+    # The same one twice is one.
+    assert main(["inspect", str(tmp_path), f"{mark}run_dir={tmp_path}/"]) == 2
+    assert "not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["{}", "run_dir={}", "+run_dir={}"])

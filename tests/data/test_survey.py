@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmemtune.config.data import DataConfig
+from qmemtune.config.data import DataConfig, SourceConfig
 from qmemtune.data.survey import length_histogram, survey
 
 PASSAGE = "the old miller walked along the frozen river until he came to a small red house"
@@ -22,6 +22,15 @@ def test_a_survey_counts_lengths_loss_cuts_and_duplicates(write_rows, tokenizer)
     assert (first["origin"][-2:], second["origin"][-3:]) == (":1", ":12")
     assert [(part["text"], part["loss"]) for part in first["parts"]] == [("ask 0", False), ("word <|im_end|>", True)]
     assert sum(part["tokens"] for part in second["parts"]) == second["tokens"]
+
+
+def test_samples_are_of_every_set_of_a_mixture(write_rows, tokenizer):
+    sources = {
+        name: SourceConfig(path=write_rows([{"prompt": f"{name} {i}", "completion": "x"} for i in range(30)], name))
+        for name in ("a.jsonl", "b.jsonl", "c.jsonl")
+    }
+    found = survey(DataConfig(sources=sources, eval_fraction=0.0), tokenizer, samples=3)
+    assert {sample["parts"][0]["text"][0] for sample in found["samples"]} == {"a", "b", "c"}
 
 
 def test_leaks_are_found_whatever_their_dress(write_rows, tokenizer):

@@ -82,7 +82,7 @@ def test_streamed_text_is_the_batched_text(model, tokenizer):
     run = loaded(model, tokenizer)
     ids = render_prompt(run.config.data, tokenizer, "reverse the words: red fox")
     (whole,) = greedy_answers(model, tokenizer, [{"prompt_ids": ids}], max_new_tokens=20, batch_size=1)
-    assert "".join(stream_answer(run, "reverse the words: red fox", max_new_tokens=20)) == whole
+    assert "".join(stream_answer(run, "reverse the words: red fox", max_new_tokens=20)) == whole.text
 
 
 def test_a_conversation_is_rendered_as_a_chat(llama, tokenizer):

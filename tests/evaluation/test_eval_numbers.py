@@ -49,7 +49,7 @@ def test_many_rows_take_little_memory():
 
 
 LOSSES = [RowLoss(2.0, 4, "a"), RowLoss(6.0, 4, "b", mistaken=1), RowLoss(1.0, 2, "")]
-MATCHES = [RowMatch(True, "x", "x", "a"), RowMatch(False, "y", "x", "b")]
+MATCHES = [RowMatch(True, "x", "x", "a"), RowMatch(False, "y", "x", "b", cut=True, found=False)]
 
 
 def test_loss_is_per_token_and_groups_are_apart():
@@ -65,6 +65,8 @@ def test_loss_is_per_token_and_groups_are_apart():
         "row_accuracy": 0.0,
         "exact_match": 0.0,
         "exact_match_rows": 1,
+        "exact_match_cut": 1,
+        "exact_match_without_answer": 1,
         "rows": 1,
         "tokens": 4,
     }
