@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,7 +143,7 @@ class Speaker:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
 
-    @property
+    @cached_property
     def fields(self) -> list[str]:
         """Fields of the prompt template; none without one."""
         from qmemtune.data.examples import template

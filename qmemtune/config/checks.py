@@ -104,15 +104,21 @@ def routes_of_rows(c: Config) -> Iterator[Problem]:
             yield key, "routes of whole rows (adapter.granularity=row) are for losses only", f"set {key}={off}"
 
 
-@check
-def warmup(c: Config) -> Iterator[Problem]:
-    steps = c.trainer.max_steps
-    if steps is not None and c.optimizer.warmup_steps >= max(steps, 1) and c.optimizer.warmup_steps >= 1:
+def endless_warmup(c: Config, steps: int) -> Iterator[Problem]:
+    """A warm-up after which none of the run's steps is left: the learning rate would never be reached."""
+    given = c.optimizer.warmup_steps
+    if given >= max(steps, 1) and c.optimizer.schedule != "constant":
         yield (
             "optimizer.warmup_steps",
-            f"the warm-up of {c.optimizer.warmup_steps:g} steps does not end within {steps} steps",
+            f"the warm-up of {given:g} steps does not end within the run's {steps} steps",
             "lower it, or give a share below 1",
         )
+
+
+@check
+def warmup(c: Config) -> Iterator[Problem]:
+    if c.trainer.max_steps is not None:
+        yield from endless_warmup(c, c.trainer.max_steps)
 
 
 @check

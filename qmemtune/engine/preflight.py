@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from qmemtune.adapters import check_method, check_targets, describe
 from qmemtune.adapters.queryable import QueryableLinear
+from qmemtune.config.checks import endless_warmup
 from qmemtune.config.regression import is_regression
 from qmemtune.config.schema import Config
 from qmemtune.data.packing import PackedRows
@@ -192,15 +193,9 @@ def load_rows(config: Config, rejected: Path | None, loads: Loads, found: Findin
 
 
 def check_warmup(config: Config, steps: StepCount) -> None:
-    """Raise UserError for a warm-up after which no step is left: the learning rate would never be reached."""
-    given = config.optimizer.warmup_steps
-    if given < 1 or steps.warmup < steps.total or config.optimizer.schedule == "constant":
-        return
-    raise UserError(
-        f"the warm-up of {steps.warmup} steps does not end within the run's {steps.total} steps",
-        where="optimizer.warmup_steps",
-        fix="lower it, or give a share below 1",
-    )
+    """Raise UserError for a warm-up that does not end, of a run whose length follows from its rows."""
+    for key, problem, fix in endless_warmup(config, steps.total):
+        raise UserError(problem, where=key, fix=fix)
 
 
 def refuse_routed_head(model: PeftModel) -> None:

@@ -36,7 +36,7 @@ REGRESSION = ["model.path=generated:mlp", "data.path=generated:noisy_regression"
         ([*BASE, "data.eval_fraction=1.5"], "must be in [0, 1)"),
         ([*BASE, "data.remove_pattern=("], "not a regular expression"),
         ([*BASE, "trainer.per_device_train_batch_size=-1"], "at least 1"),
-        ([*BASE, "trainer.max_steps=10", "optimizer.warmup_steps=10"], "does not end within 10"),
+        ([*BASE, "trainer.max_steps=10", "optimizer.warmup_steps=10"], "does not end within the run's 10"),
         ([*BASE, "optimizer.warmup_steps=1.5"], "must be whole"),
         ([*BASE, "optimizer.learning_rate=0"], "above 0"),
         ([*BASE, "optimizer.betas=[0.9]"], "two numbers"),
