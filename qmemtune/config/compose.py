@@ -120,8 +120,8 @@ def compose_run(overrides: Sequence[str], *, allow_missing: bool = False) -> Com
         return compose(overrides, allow_missing=allow_missing)
     file = read_yaml(path)
     given.findings.extend(file.findings)
-    # The folder may have been moved since.
-    start = [setting for setting in renamed(file.settings) if setting.key != "run_dir"]
+    # The folder may have been moved since, and whether to go on is for this command line to say.
+    start = [setting for setting in renamed(file.settings) if not setting.key.startswith(("run_dir", "resume."))]
     return _compose_on(start, given, allow_missing, quiet=shown(path))
 
 
