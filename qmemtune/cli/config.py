@@ -31,7 +31,7 @@ def config(
     with output(as_json, debug, quiet) as out:
         from qmemtune.config.compose import compose_run, to_dict, to_yaml
 
-        composed = compose_run(overrides or [], allow_missing=True)
+        composed = compose_run(overrides or [], allow_missing=True, needs_data=False)
         out.warn(composed.warnings)
         out.warn([f"{key} must still be given" for key in composed.missing])
         if why is not None:

@@ -62,7 +62,9 @@ def doubts(metrics: dict[str, Any]) -> list[str]:
     cut, without = metrics.get("exact_match_cut") or 0, metrics.get("exact_match_without_answer") or 0
     found = []
     if cut > TOLERATED * rows:
-        found.append(f"{cut} of {rows} answers were cut off -> raise evaluation.exact_match.max_new_tokens")
+        found.append(
+            f"{cut} of {rows} answers are wrong and were cut off -> raise evaluation.exact_match.max_new_tokens"
+        )
     elif without > TOLERATED * rows:
         found.append(f"evaluation.exact_match.answer_pattern finds nothing in {without} of {rows} answers")
     return found
@@ -97,6 +99,7 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
     out.libraries_are_loaded()
     check_tasks(config.evaluation.tasks)
     loaded = load_run(run, config)
+    out.warn(another_base(run, config))
     source = loaded.source if instruction is None else one_for_all(loaded.source, instruction)
     rows = prepare_heldout(config.data, loaded.tokenizer).heldout
     with RowCounter(quiet=out.quiet) as counter:
@@ -111,7 +114,6 @@ def _evaluate_run(overrides: Sequence[str], out: Output, instruction: str | None
             fresh_base=partial(load_base, config.model, config.quantization, device=loaded.device),
             progress=counter,
         )
-    out.warn(another_base(run, config))
     given = [*overrides, *([] if instruction is None else [f"instruction={instruction}"])]
     asked = [override for override in given if not override.startswith("run_dir=")]
     report = {"run_dir": str(run.path), "overrides": asked, "adapter_sha256": sha256(run.adapter / WEIGHTS), **report}

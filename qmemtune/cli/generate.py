@@ -127,7 +127,8 @@ def _load_bare_model(overrides: Sequence[str], out: Output) -> tuple[dict[str, s
     out.libraries_are_loaded()
     loaded = load_whole(config)
     data = config.data
-    if data.path == MISSING and not data.sources and data.chat == "auto" and loaded.tokenizer.chat_template:
+    unsaid = data.path == MISSING and not data.sources and data.format != "text" and data.chat == "auto"
+    if unsaid and loaded.tokenizer.chat_template:
         # No rows say how a prompt is rendered, and a model that brings a template was made for it.
         out.note("prompts are put into the model's chat template; data.chat=never leaves them as they are")
         data.chat = "always"

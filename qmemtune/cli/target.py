@@ -46,8 +46,14 @@ def with_run_dir(arguments: Sequence[str]) -> list[str]:
 
 
 def with_folder(arguments: Sequence[str]) -> list[str]:
-    """The same where the folder may also be an exported one, which becomes ``export.path=``."""
+    """The same where the folder may also be an exported one, which becomes ``export.path=``.
+
+    Raises:
+        UserError: more than one run, or more than one exported folder, is named.
+    """
     exported = [a for a in arguments if _is_bare(a) and (Path(a).expanduser() / EXPORT_MARKER).is_file()]
+    if len(exported) > 1:
+        raise UserError(f"{len(exported)} exported folders are named: {', '.join(exported)}", fix="name one")
     return [f"export.path={a}" for a in exported] + with_run_dir([a for a in arguments if a not in exported])
 
 

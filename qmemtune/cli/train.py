@@ -50,11 +50,13 @@ def train(
 
 def _next(config: Config, summary: dict[str, Any]) -> list[str]:
     """Verbs that this run is ready for."""
+    from qmemtune.config.checks import has_heldout
     from qmemtune.config.regression import is_regression
 
     if is_regression(config):
         return []
-    measured = ["eval"] if summary.get("eval") else []
+    unmeasured = not config.evaluation.at_end and has_heldout(config)
+    measured = ["eval"] if summary.get("eval") or unmeasured else []
     return measured + (["generate"] if config.adapter.kind == "peft" else ["merge-export", "generate"])
 
 

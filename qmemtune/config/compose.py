@@ -35,9 +35,10 @@ from qmemtune.config.schema import Config
 from qmemtune.config.settings import Setting, flatten
 from qmemtune.config.unused import unused_options
 from qmemtune.config.validate import Validated, source_of, validate
+from qmemtune.config.values import NULL
 from qmemtune.config.yaml_file import read_yaml
 from qmemtune.errors import Finding, UserError
-from qmemtune.rundir import RunDir
+from qmemtune.rundir import RUN_FORMAT, RunDir, check_format
 
 __all__ = ["Composed", "compose", "compose_run", "load_resolved", "to_dict", "to_yaml"]
 
@@ -87,6 +88,9 @@ def compose(
     given = read_overrides(overrides)
     excused = None if needs_data else _data_may_be_gone
     if base is not None:
+        if given.recipe not in (None, NO_RECIPE):
+            found = Finding(f"{base_name} brings its own settings", f"recipe={given.recipe}", "leave it out")
+            given.findings.append(found)
         return _compose_on(list(flatten(base, base_name)), given, allow_missing, quiet=base_name, excused=excused)
     recipe = _find_recipe(given)
     given.incomplete = given.incomplete or (recipe is None and given.recipe not in (None, NO_RECIPE))
@@ -96,46 +100,53 @@ def compose(
     return _finish([*first, *layers], given, allow_missing, excused=excused)
 
 
-def compose_run(overrides: Sequence[str], *, allow_missing: bool = False) -> Composed:
+def compose_run(overrides: Sequence[str], *, allow_missing: bool = False, needs_data: bool = True) -> Composed:
     """:func:`compose`; a run that has been started and is named without a recipe and a model brings its own config.
 
     Args:
         overrides: as of :func:`compose`. ``run_dir``, or a checkpoint in ``resume.path``, names the run.
         allow_missing: as of :func:`compose`.
+        needs_data: whether a run's files of rows, and its encoder's folder, must still be there.
 
     Raises:
-        UserError: with every mistake in files and overrides.
+        UserError: with every mistake in files and overrides, or nothing says what to train and no run is there.
     """
     given = read_overrides(overrides)
     path = _started_run(given)
-    if path is not None and not path.is_file():
-        if any(setting.key == "resume.path" for setting in given.settings):
+    if path is None or not path.is_file():
+        saying = [setting.key for setting in given.settings if setting.key != "run_dir"]
+        if path is not None and not given.groups and ("resume.path" in saying or not saying):
             raise UserError(
-                f"there is no run to go on with: no {path.name} is there",
+                f"there is no run: no {path.name} is there",
                 where=shown(path.parent),
                 fix="name a run's folder with run_dir=, or say what to train with recipe=NAME or model.path=",
             )
-        path = None
-    if path is None:
         return compose(overrides, allow_missing=allow_missing)
+    check_format(path.parent, "run folder", RUN_FORMAT)
     file = read_yaml(path)
     given.findings.extend(file.findings)
     # The folder may have been moved since, and whether to go on is for this command line to say.
     start = [setting for setting in renamed(file.settings) if not setting.key.startswith(("run_dir", "resume."))]
-    return _compose_on(start, given, allow_missing, quiet=shown(path))
+    excused = None if needs_data else _places_may_be_gone
+    return _compose_on(start, given, allow_missing, quiet=shown(path), excused=excused)
 
 
 def _started_run(given: Overrides) -> Path | None:
     """Where the config.yaml of the run is that a command line names, if it does not itself say what to train."""
-    values = {setting.key: str(setting.value) for setting in given.settings}
+    values = {setting.key: setting for setting in given.settings}
     if given.recipe is not None or "model" in given.groups or "model.path" in values:
         return None
-    checkpoint = values.get("resume.path", "auto")
-    if "run_dir" in values:
-        return RunDir(Path(values["run_dir"])).config
-    if checkpoint != "auto":
-        return RunDir(Path(checkpoint).expanduser().absolute().parent.parent).config
-    return None
+    places = {}
+    for key in ("resume.path", "run_dir"):
+        text = str(values[key].value) if key in values and not values[key].reset else ""
+        if text and text.lower() not in NULL:
+            places[key] = Path(text).expanduser()
+    checkpoint = places.get("resume.path", Path("auto"))
+    # Another run_dir beside a checkpoint is that of a new run, which goes on as the checkpoint's own would.
+    own = RunDir(checkpoint.absolute().parent.parent).config
+    if checkpoint != Path("auto") and (own.is_file() or "run_dir" not in places):
+        return own
+    return RunDir(places["run_dir"]).config if "run_dir" in places else None
 
 
 def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = True) -> Composed:
@@ -221,6 +232,10 @@ def _finish(
 
 def _data_may_be_gone(key: str, config: Config) -> bool:
     return is_data_path(key)
+
+
+def _places_may_be_gone(key: str, config: Config) -> bool:
+    return is_data_path(key) or key in (MOVABLE, "model.path")
 
 
 def is_data_path(key: str) -> bool:

@@ -184,10 +184,16 @@ def base_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> l
 def another_base(run: RunDir, config: Config) -> list[str]:
     """What the user should know where a finished run's base is not the one that it was trained on, as far as its last
     checkpoint knows that."""
-    known = [folder / FILE for folder in found_checkpoints(run.checkpoints) if (folder / FILE).is_file()]
-    if not known:
+    for folder in reversed(found_checkpoints(run.checkpoints)):
+        try:
+            then = read_json(folder / FILE)
+            changes = base_changes(then, {"base": digests_of_base(config)}, config)
+            break
+        except (UserError, AttributeError):
+            # The adapter does not need its checkpoints: a damaged one says nothing.
+            continue
+    else:
         return []
-    changes = base_changes(read_json(known[-1]), {"base": digests_of_base(config)}, config)
     return [f"the adapter was trained on another base: {change.words}" for change in changes]
 
 
@@ -201,6 +207,9 @@ def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) ->
         if before == after:
             continue
         words, way_out = f"{key} was {shown(before)} and is {shown(after)}", None
+        if key == "data.format" and "auto" in (before, after) and not rows_differ:
+            # A run's own config has what was found out.
+            continue
         if key.startswith("data."):
             # What the options make of the rows has been compared; packing also cuts them to a length.
             breaks = rows_differ or (key == "data.max_length" and config.trainer.packing)

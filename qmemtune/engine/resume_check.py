@@ -184,6 +184,13 @@ def within(lines: list[dict[str, Any]], replay: Replay) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] in COMPARED and replay.start < line["step"] <= replay.end]
 
 
+def same(recorded: Any, replayed: Any) -> bool:
+    """Whether what was recorded is in the replay too; of numbers that it lacks, an earlier version knew nothing."""
+    if isinstance(recorded, dict) and isinstance(replayed, dict):
+        return all(key in replayed and same(value, replayed[key]) for key, value in recorded.items())
+    return bool(recorded == replayed)
+
+
 def compare_lines(recorded: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> list[str]:
     """What the replay logged otherwise, in words.
 
@@ -194,7 +201,7 @@ def compare_lines(recorded: list[dict[str, Any]], replayed: list[dict[str, Any]]
         what = f"step {line['step']}, {line['event']}"
         if i >= len(replayed) or (replayed[i]["step"], replayed[i]["event"]) != (line["step"], line["event"]):
             return [*found, f"{what}: recorded, and not in the replay"]
-        for key in sorted({*line, *replayed[i]}):
-            if line.get(key) != replayed[i].get(key):
+        for key in sorted(line):
+            if not same(line[key], replayed[i].get(key)):
                 found.append(f"{what}: {key} is {line.get(key)} in the record and {replayed[i].get(key)} in the replay")
     return found

@@ -19,7 +19,7 @@ Rows = tuple[Sequence[RowLoss], Sequence[RowMatch] | None]
 def summarise(losses: Sequence[RowLoss], matches: Sequence[RowMatch] | None = None) -> dict[str, Any]:
     """``loss`` (nats per token, over all tokens), ``perplexity``, ``row_accuracy`` (share of rows whose every labelled
     token is the most likely one, given the right ones before it), ``rows``, ``tokens``, and as far as there are any
-    ``exact_match`` with ``exact_match_rows``, ``exact_match_cut`` (answers that reached the longest length) and
+    ``exact_match`` with ``exact_match_rows``, ``exact_match_cut`` (wrong answers that reached the longest length) and
     ``exact_match_without_answer`` (those in which the answer pattern finds nothing), and ``groups``: the same for each
     group.
 
@@ -56,7 +56,7 @@ def summarise_flat(losses: Sequence[RowLoss], matches: Sequence[RowMatch] | None
     if matches:
         result["exact_match"] = sum(row.correct for row in matches) / len(matches)
         result["exact_match_rows"] = len(matches)
-        result["exact_match_cut"] = sum(row.cut for row in matches)
+        result["exact_match_cut"] = sum(row.cut and not row.correct for row in matches)
         result["exact_match_without_answer"] = sum(not row.found for row in matches)
     return result | {"rows": len(losses), "tokens": tokens}
 

@@ -111,6 +111,11 @@ def test_an_export_and_its_base_answer_as_they_were_trained(call, tiny_llama_dir
     for chat, told in (("auto", True), ("never", False)):
         assert main(["generate", base, f"data.chat={chat}", *ask]) == 0
         assert ("the model's chat template" in capsys.readouterr().err) is told
+    assert call("generate", base, "data.format=text", *ask)["answers"]
+    two = call("generate", *map(str, exports.values()), *ask, code=2)["error"]
+    assert two["problem"].startswith("2 exported folders are named")
+    with_recipe = call("generate", str(exports["merged"]), "recipe=quickstart", *ask, code=2)["error"]
+    assert "brings its own settings" in with_recipe["problem"]
     error = call("generate", str(exports["live"]), *ask, code=2)["error"]
     assert "was a local model" in error["problem"]
     assert "model.path=FOLDER_OF_" in error["fix"]
@@ -126,6 +131,9 @@ def test_another_base_under_a_run_is_said(call, tiny_llama_dir: Path, tmp_path: 
     for base, told in ((tiny_llama_dir, False), (other, True)):
         assert main(["generate", "one", f"model.path={base}", "--prompt", "colour 3:", "--max-new-tokens", "1"]) == 0
         assert ("trained on another base" in capsys.readouterr().err) is told
+    for facts in (tmp_path / "one" / "checkpoints").glob("*/made_with.json"):
+        facts.write_text('{"base": ')
+    assert main(["generate", "one", f"model.path={other}", "--prompt", "colour 3:", "--max-new-tokens", "1"]) == 0
 
 
 def test_a_run_goes_on_by_its_own_config(call, tiny_llama_dir: Path, capsys, tmp_path: Path) -> None:
@@ -145,6 +153,20 @@ def test_a_run_goes_on_by_its_own_config(call, tiny_llama_dir: Path, capsys, tmp
     plain = call("config", "run_dir=moved", f"model.path={tiny_llama_dir}")
     assert plain["adapter"]["r"] != 2
     assert call("train", "run_dir=nowhere", "resume=auto", code=2)["error"]["where"] == "nowhere"
+    assert call("config", "run_dir=nowhere", code=2)["error"]["where"] == "nowhere"
+    assert (
+        "model.path must be given" in call("train", "resume=null", "data.path=rows.jsonl", code=2)["error"]["problem"]
+    )
+    # Another folder beside a checkpoint is a new run's, which begins as the old one.
+    branch = ["run_dir=branch", f"resume={run}/checkpoints/checkpoint-5", "trainer.max_steps=6"]
+    found = call("train", *branch)
+    assert (found["steps"], found["run_dir"]) == (6, "branch")
+    assert call("config", "run_dir=branch")["seed"] == 5
+    # A config can be read where the rows are gone; a folder of a later version is named as that.
+    (tmp_path / "rows.jsonl").unlink()
+    assert call("config", "run_dir=branch")["data"]["path"] == "rows.jsonl"
+    (tmp_path / "branch" / "format.json").write_text('{"format": 99, "qmemtune": "9.0"}')
+    assert "format 99" in call("config", "run_dir=branch", code=2)["error"]["problem"]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +190,7 @@ def test_empty_data_is_an_error(call, tiny_llama_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cut", "without", "told"),
-    [(0, 0, []), (1, 1, []), (6, 9, ["6 of 60 answers were cut"]), (0, 9, ["finds nothing in 9 of 60"])],
+    [(0, 0, []), (1, 1, []), (6, 9, ["6 of 60 answers are wrong and were cut"]), (0, 9, ["finds nothing in 9 of 60"])],
 )
 def test_answers_that_were_cut_or_hold_no_answer_are_said(cut: int, without: int, told: list[str]) -> None:
     found = doubts({"exact_match_rows": 60, "exact_match_cut": cut, "exact_match_without_answer": without})

@@ -15,6 +15,7 @@ from qmemtune.engine import made_with
 from qmemtune.engine.made_with import ChangedRun
 from qmemtune.engine.manifest import digest
 from qmemtune.engine.plan import plan
+from qmemtune.engine.resume_check import compare_lines
 from qmemtune.engine.run import train
 from qmemtune.errors import UserError
 
@@ -296,3 +297,21 @@ def test_another_optimizer_is_refused_whatever_is_allowed(halfway):
 def test_a_paged_optimizer_goes_on_from_one_that_is_not(composed):
     train(composed(*LONG, "optimizer.name=adamw_8bit"), until=2)
     assert train(composed(*LONG, "optimizer.name=paged_adamw_8bit", *ALLOWED))["steps"] == 4
+
+
+def test_a_form_that_was_found_out_is_no_change(composed):
+    rows = {"training rows": "a"}
+    config = composed("adapter=lora")
+    then = {"rows": rows, "config": {"data.format": "auto"}, "steps": 3}
+    now = {"rows": rows, "config": {"data.format": "alpaca"}, "steps": 3}
+    assert made_with.config_changes(then, now, config) == []
+    changed = made_with.config_changes(then, now | {"rows": {"training rows": "b"}}, config)
+    assert [change.breaks for change in changed] == [True]
+
+
+def test_numbers_that_an_earlier_version_did_not_log_are_not_compared():
+    line = {"step": 4, "event": "evaluation", "loss": 1.0, "groups": {"a": {"loss": 2.0}}}
+    more = {**line, "cut": 0, "groups": {"a": {"loss": 2.0, "cut": 0}}}
+    assert compare_lines([line], [more]) == []
+    for other in ({**more, "loss": 1.5}, {**more, "groups": {"a": {"loss": 2.5}}}, {**more, "groups": {}}):
+        assert len(compare_lines([line], [other])) == 1
