@@ -16,6 +16,7 @@ from qmemtune.cli.collector import collector_paused
 from qmemtune.cli.compile_later import compiler_left_out
 from qmemtune.credentials import hide
 from qmemtune.errors import Finding, UserError, write_failure
+from qmemtune.nested import with_leaves
 from qmemtune.quiet import hide_loading_bars, silence
 from qmemtune.rundir import json_line
 
@@ -177,8 +178,4 @@ def _one_line(text: str) -> str:
 
 def without_tokens(value: Any) -> Any:
     """Plain values without access tokens in their texts."""
-    if isinstance(value, Mapping):
-        return {name: without_tokens(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [without_tokens(part) for part in value]
-    return hide(value) if isinstance(value, str) else value
+    return with_leaves(value, lambda leaf: hide(leaf) if isinstance(leaf, str) else leaf)

@@ -11,6 +11,7 @@ from qmemtune.config.data import DataConfig
 from qmemtune.config.schema import Config
 from qmemtune.data.render import form_of
 from qmemtune.models.sources import PACKAGE, Source
+from qmemtune.nested import with_leaves
 from qmemtune.rundir import EXPORT_MARKER, read_json, write_json
 
 MARKER = EXPORT_MARKER
@@ -69,10 +70,10 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 def public(value: Any) -> Any:
     """``value`` with every absolute path in it cut down to its last name."""
-    if isinstance(value, dict):
-        return {key: public(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(item) for item in value]
+    return with_leaves(value, _last_name)
+
+
+def _last_name(value: Any) -> Any:
     if isinstance(value, PurePath):
         value = str(value)
     if isinstance(value, str):

@@ -15,6 +15,7 @@ from qmemtune.engine.restore import LoadedModel, load_adapted, load_whole
 from qmemtune.errors import UserError
 from qmemtune.export.marker import MARKER, read_marker
 from qmemtune.export.pin import check_base
+from qmemtune.nested import with_leaves
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,7 @@ def open_exported(folder: Path, overrides: Sequence[str], *, needs_data: bool = 
 
 def plain_text(value: Any) -> Any:
     """Values of a marker such that no text in them is taken for a reference to a key."""
-    if isinstance(value, dict):
-        return {key: plain_text(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain_text(item) for item in value]
-    return escape(value) if isinstance(value, str) else value
+    return with_leaves(value, lambda leaf: escape(leaf) if isinstance(leaf, str) else leaf)
 
 
 def load_exported(exported: Exported) -> LoadedModel:
