@@ -24,7 +24,8 @@ from peft import PeftModel
 from report import bootstrap_share, write_section
 
 from qmemtune.config.adapters import LoraConfig
-from qmemtune.config.compose import Composed, load_resolved
+from qmemtune.config.compose import Composed
+from qmemtune.config.of_run import load_resolved
 from qmemtune.config.schema import Config, ResumeConfig
 from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import LoadedRun, load_run

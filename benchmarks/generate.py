@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from report import spread, write_section
 
-from qmemtune.config.compose import load_resolved
+from qmemtune.config.of_run import load_resolved
 from qmemtune.data.encode import decoded
 from qmemtune.data.prepare import prepare_heldout
 from qmemtune.engine.restore import LoadedRun, load_run

@@ -122,6 +122,11 @@ class RunDir:
         return self.path / "tracking"
 
 
+def run_of_checkpoint(path: Path) -> RunDir:
+    """The run in whose folder a checkpoint lies, ``<run>/checkpoints/checkpoint-<step>``."""
+    return RunDir(path.expanduser().absolute().parent.parent)
+
+
 def cache_root() -> Path:
     """Folder of what can be made again: ``$QMEMTUNE_CACHE``, else ~/.cache/qmemtune."""
     root = os.environ.get("QMEMTUNE_CACHE")

@@ -29,7 +29,8 @@ def config(
     run_dir=RUN without a recipe prints that run's own.
     """
     with output(as_json, debug, quiet) as out:
-        from qmemtune.config.compose import compose_run, to_dict, to_yaml
+        from qmemtune.config.compose import to_dict, to_yaml
+        from qmemtune.config.of_run import compose_run
 
         composed = compose_run(overrides or [], allow_missing=True, needs_data=False)
         out.warn(composed.warnings)

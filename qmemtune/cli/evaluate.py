@@ -29,14 +29,14 @@ def evaluate(overrides: Overrides = None, as_json: Json = False, debug: Debug = 
     instruction=TEXT gives the instruction prior one text for all rows in place of their own.
     """
     with output(as_json, debug, quiet) as out:
-        from qmemtune.cli.target import names_bare_model, split_export, split_run_dir, take, with_folder
+        from qmemtune.cli.target import names_bare_model, split_export, take, with_folder
 
         instruction, given = take("instruction", overrides or [])
         given = with_folder(given)
         folder, rest = split_export(given)
         if folder is not None:
             report = _evaluate_export(folder, rest, out, instruction)
-        elif split_run_dir(given)[0] is None and names_bare_model(given):
+        elif names_bare_model(given):
             if instruction is not None:
                 raise UserError(
                     "an instruction has no effect on a bare model",
@@ -146,28 +146,25 @@ def _evaluate_model(overrides: Sequence[str], out: Output) -> dict[str, Any]:
     refuse_adapter(config.model.path)
     out.working("loading the model")
     from qmemtune.data.prepare import prepare_heldout
+    from qmemtune.engine.restore import load_whole
     from qmemtune.evaluation.harness import check_tasks
     from qmemtune.evaluation.verb import by_itself, measure
-    from qmemtune.models.hardware import compute_dtype, pick_device
-    from qmemtune.models.loading import load_base, load_tokenizer
 
     out.libraries_are_loaded()
     check_tasks(config.evaluation.tasks)
-    device = pick_device()
-    tokenizer = load_tokenizer(config.model)
-    model = load_base(config.model, config.quantization, device=device)
-    rows = prepare_heldout(config.data, tokenizer).heldout
+    loaded = load_whole(config)
+    rows = prepare_heldout(config.data, loaded.tokenizer).heldout
     with RowCounter(quiet=out.quiet) as counter:
         measured = measure(
-            model,
-            tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             rows,
             config.evaluation,
-            device=device,
-            dtype=compute_dtype(config.model.compute_dtype, device),
+            device=loaded.device,
+            dtype=loaded.dtype,
             progress=counter,
         )
-    return {"model": config.model.path, **by_itself(measured, rows, config.evaluation, tokenizer)}
+    return {"model": config.model.path, **by_itself(measured, rows, config.evaluation, loaded.tokenizer)}
 
 
 def _show(console: Console, report: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def generate(
 
 def _load(overrides: Sequence[str], out: Output) -> tuple[dict[str, str], LoadedModel]:
     """What is asked, as ``run_dir`` or ``model``, and its model."""
-    from qmemtune.cli.target import load_target, names_bare_model, split_export, split_run_dir
+    from qmemtune.cli.target import load_target, names_bare_model, split_export
 
     folder, rest = split_export(overrides)
     if folder is not None:
@@ -97,7 +97,7 @@ def _load(overrides: Sequence[str], out: Output) -> tuple[dict[str, str], Loaded
         if exported.format == "merged" and exported.overridden("model.path"):
             out.warn([f"model.path={exported.config.model.path} has no effect: a merged model needs no base"])
         return {"model": str(folder)}, load_exported(exported)
-    if split_run_dir(overrides)[0] is None and names_bare_model(overrides):
+    if names_bare_model(overrides):
         return _load_bare_model(overrides, out)
     run, composed = load_target(overrides, out, needs_data=False)
     out.working("loading the run's model")

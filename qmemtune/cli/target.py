@@ -91,7 +91,9 @@ def split_export(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def names_bare_model(overrides: Sequence[str]) -> bool:
-    """Whether overrides without a ``run_dir=`` speak of a model by itself and not of a run."""
+    """Whether overrides speak of a model by itself and not of a run."""
+    if split_run_dir(overrides)[0] is not None:
+        return False
     return any(override.startswith(("recipe=", "model=", "model.path=")) for override in overrides)
 
 
@@ -120,7 +122,7 @@ def load_target(overrides: Sequence[str], out: Output, *, needs_data: bool = Tru
     Raises:
         UserError: there is no such run, or the overrides are wrong.
     """
-    from qmemtune.config.compose import load_resolved
+    from qmemtune.config.of_run import load_resolved
 
     run_dir, rest = split_run_dir(overrides)
     run = find_run(run_dir)

@@ -28,7 +28,7 @@ def train(
 ) -> None:
     """Train an adapter: train recipe=quickstart."""
     with output(as_json, debug, quiet) as out:
-        from qmemtune.config.compose import compose_run
+        from qmemtune.config.of_run import compose_run
 
         composed = compose_run(overrides or [])
         out.warn(composed.warnings)

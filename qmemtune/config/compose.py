@@ -21,7 +21,6 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.checks import cross_field_problems
 from qmemtune.config.defaults import Reachable
 from qmemtune.config.dump import to_dict, to_yaml
@@ -29,22 +28,17 @@ from qmemtune.config.fields import fields_of, nearest
 from qmemtune.config.overrides import Overrides, read_overrides
 from qmemtune.config.paths import DATA_PATHS
 from qmemtune.config.places import SUFFIX, find_config, is_own, list_recipes, search_path, shown
-from qmemtune.config.renamed import renamed
 from qmemtune.config.replaced import resets
 from qmemtune.config.schema import Config
 from qmemtune.config.settings import Setting, flatten
 from qmemtune.config.unused import unused_options
 from qmemtune.config.validate import Validated, source_of, validate
-from qmemtune.config.values import NULL
 from qmemtune.config.yaml_file import read_yaml
 from qmemtune.errors import Finding, UserError
-from qmemtune.rundir import RUN_FORMAT, RunDir, check_format
 
-__all__ = ["Composed", "compose", "compose_run", "load_resolved", "to_dict", "to_yaml"]
+__all__ = ["Composed", "compose", "compose_on", "to_dict", "to_yaml"]
 
 NO_RECIPE = "custom"
-MOVABLE = "adapter.prior_encoder"
-"""The only adapter option of a finished run that may be given anew: the folder may have moved, its content is known."""
 Excused = Callable[[str, Config], bool]
 """Takes the key of a problem and the config; whether the problem is none here."""
 
@@ -91,7 +85,7 @@ def compose(
         if given.recipe not in (None, NO_RECIPE):
             found = Finding(f"{base_name} brings its own settings", f"recipe={given.recipe}", "leave it out")
             given.findings.append(found)
-        return _compose_on(list(flatten(base, base_name)), given, allow_missing, quiet=base_name, excused=excused)
+        return compose_on(list(flatten(base, base_name)), given, allow_missing, quiet=base_name, excused=excused)
     recipe = _find_recipe(given)
     given.incomplete = given.incomplete or (recipe is None and given.recipe not in (None, NO_RECIPE))
     layers = _compose_files(recipe, given)
@@ -100,94 +94,7 @@ def compose(
     return _finish([*first, *layers], given, allow_missing, excused=excused)
 
 
-def compose_run(overrides: Sequence[str], *, allow_missing: bool = False, needs_data: bool = True) -> Composed:
-    """:func:`compose`; a run that has been started and is named without a recipe and a model brings its own config.
-
-    Args:
-        overrides: as of :func:`compose`. ``run_dir``, or a checkpoint in ``resume.path``, names the run.
-        allow_missing: as of :func:`compose`.
-        needs_data: whether a run's files of rows, and its encoder's folder, must still be there.
-
-    Raises:
-        UserError: with every mistake in files and overrides, or nothing says what to train and no run is there.
-    """
-    given = read_overrides(overrides)
-    path = _started_run(given)
-    if path is None or not path.is_file():
-        saying = [setting.key for setting in given.settings if setting.key != "run_dir"]
-        if path is not None and not given.groups and ("resume.path" in saying or not saying):
-            raise UserError(
-                f"there is no run: no {path.name} is there",
-                where=shown(path.parent),
-                fix="name a run's folder with run_dir=, or say what to train with recipe=NAME or model.path=",
-            )
-        return compose(overrides, allow_missing=allow_missing)
-    check_format(path.parent, "run folder", RUN_FORMAT)
-    file = read_yaml(path)
-    given.findings.extend(file.findings)
-    # The folder may have been moved since, and whether to go on is for this command line to say.
-    start = [setting for setting in renamed(file.settings) if not setting.key.startswith(("run_dir", "resume."))]
-    excused = None if needs_data else _places_may_be_gone
-    return _compose_on(start, given, allow_missing, quiet=shown(path), excused=excused)
-
-
-def _started_run(given: Overrides) -> Path | None:
-    """Where the config.yaml of the run is that a command line names, if it does not itself say what to train."""
-    values = {setting.key: setting for setting in given.settings}
-    if given.recipe is not None or "model" in given.groups or "model.path" in values:
-        return None
-    places = {}
-    for key in ("resume.path", "run_dir"):
-        text = str(values[key].value) if key in values and not values[key].reset else ""
-        if text and text.lower() not in NULL:
-            places[key] = Path(text).expanduser()
-    checkpoint = places.get("resume.path", Path("auto"))
-    # Another run_dir beside a checkpoint is that of a new run, which goes on as the checkpoint's own would.
-    own = RunDir(checkpoint.absolute().parent.parent).config
-    if checkpoint != Path("auto") and (own.is_file() or "run_dir" not in places):
-        return own
-    return RunDir(places["run_dir"]).config if "run_dir" in places else None
-
-
-def load_resolved(path: Path, overrides: Sequence[str], *, needs_data: bool = True) -> Composed:
-    """A run's own config with overrides on top.
-
-    The adapter is as it was trained: overrides of its options are refused, save for where its encoder lies.
-
-    Args:
-        path: the run's config.yaml.
-        overrides: as of :func:`compose`.
-        needs_data: whether the files of rows must still be there.
-
-    Raises:
-        UserError: with every mistake in the file and the overrides.
-    """
-    file = read_yaml(path)
-    given = read_overrides(overrides)
-    given.findings.extend(file.findings)
-    changed = [f"{group}={option}" for group, option in given.groups.items() if group == "adapter"]
-    changed += [
-        setting.source for setting in given.settings if setting.key.startswith("adapter.") and setting.key != MOVABLE
-    ]
-    given.findings.extend(
-        Finding("the adapter of a finished run cannot be changed", override, "leave it out, or train again")
-        for override in changed
-    )
-    if given.recipe is not None:
-        given.findings.append(
-            Finding("a run keeps its recipe", f"recipe={given.recipe}", "leave it out, or give single groups and keys")
-        )
-    moved = MOVABLE in {setting.key for setting in given.settings}
-
-    def excused(key: str, config: Config) -> bool:
-        if key == MOVABLE and not moved and isinstance(config.adapter, QueryableConfig):
-            return (RunDir(path.parent).adapter / Path(config.adapter.prior_encoder).name).is_dir()
-        return is_data_path(key) and not needs_data
-
-    return _compose_on(renamed(file.settings), given, False, quiet=shown(path), excused=excused)
-
-
-def _compose_on(
+def compose_on(
     start: list[Setting], given: Overrides, allow_missing: bool, *, quiet: str, excused: Excused | None = None
 ) -> Composed:
     """Settings, then the groups of the command line in place of their sections, then the rest."""
@@ -232,10 +139,6 @@ def _finish(
 
 def _data_may_be_gone(key: str, config: Config) -> bool:
     return is_data_path(key)
-
-
-def _places_may_be_gone(key: str, config: Config) -> bool:
-    return is_data_path(key) or key in (MOVABLE, "model.path")
 
 
 def is_data_path(key: str) -> bool:

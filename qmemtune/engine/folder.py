@@ -15,7 +15,7 @@ from qmemtune.engine.lock import refuse_if_in_use
 from qmemtune.engine.manifest import Checkpoint
 from qmemtune.errors import UserError
 from qmemtune.models.hardware import compute_dtype
-from qmemtune.rundir import FORMAT_FILE, RUN_FORMAT, RunDir, check_format, new_run_path, read_json
+from qmemtune.rundir import FORMAT_FILE, RUN_FORMAT, RunDir, check_format, new_run_path, read_json, run_of_checkpoint
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def choose(config: Config, make: bool) -> Opened:
     if config.resume.path == "auto":
         return newest(config)
     checkpoint = checked(Path(config.resume.path).expanduser())
-    # A checkpoint lies in <run>/checkpoints/.
-    own = RunDir(checkpoint.path.absolute().parent.parent)
+    own = run_of_checkpoint(checkpoint.path)
     if config.run_dir and Path(config.run_dir).expanduser().resolve() != own.path.resolve():
         return Opened(new_folder(config, make), checkpoint, [])
     if not config.run_dir and not own.config.is_file():
@@ -132,8 +131,8 @@ def run_dtype(config: Config, device: torch.device) -> torch.dtype:
     setting: str = config.model.compute_dtype
     path = config.resume.path
     if setting == "auto" and path is not None:
-        begun = Path(config.run_dir or "") if path == "auto" else Path(path).expanduser().absolute().parent.parent
-        setting = recorded_dtype(RunDir(begun)) or setting
+        begun = RunDir(Path(config.run_dir or "")) if path == "auto" else run_of_checkpoint(Path(path))
+        setting = recorded_dtype(begun) or setting
     return compute_dtype(setting, device)
 
 

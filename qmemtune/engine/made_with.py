@@ -186,15 +186,12 @@ def another_base(run: RunDir, config: Config) -> list[str]:
     checkpoint knows that."""
     for folder in reversed(found_checkpoints(run.checkpoints)):
         try:
-            then = read_json(folder / FILE)
-            changes = base_changes(then, {"base": digests_of_base(config)}, config)
-            break
+            changes = base_changes(read_json(folder / FILE), {"base": digests_of_base(config)}, config)
         except (UserError, AttributeError):
             # The adapter does not need its checkpoints: a damaged one says nothing.
             continue
-    else:
-        return []
-    return [f"the adapter was trained on another base: {change.words}" for change in changes]
+        return [f"the adapter was trained on another base: {change.words}" for change in changes]
+    return []
 
 
 def config_changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[Change]:

@@ -9,14 +9,12 @@ from typing import Any
 
 from qmemtune.config.schema import Config
 from qmemtune.data.prepare import prepare_heldout
-from qmemtune.engine.restore import load_adapted
 from qmemtune.errors import UserError
 from qmemtune.evaluation.evaluate import EvalProgress
 from qmemtune.evaluation.forward import one_for_all
 from qmemtune.evaluation.harness import check_tasks
 from qmemtune.evaluation.verb import Measured, by_itself, evaluate_pair, measure, prefixed, side_by_side
-from qmemtune.export.opening import Exported
-from qmemtune.export.pin import check_base
+from qmemtune.export.opening import Exported, load_exported
 from qmemtune.models.hardware import compute_dtype, pick_device
 from qmemtune.models.loading import load_base, load_tokenizer
 
@@ -55,8 +53,7 @@ def evaluate_exported(
             )
         report = evaluate_merged(exported, config, say=say, progress=progress)
     else:
-        check_base(config.model, exported.base_sha256, folder)
-        live = load_adapted(folder, config)
+        live = load_exported(exported)
         report = evaluate_pair(
             live.model,
             live.tokenizer,

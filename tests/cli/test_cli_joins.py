@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from qmemtune.cli.app import main
-from qmemtune.config.compose import load_resolved
+from qmemtune.config.of_run import load_resolved
 from qmemtune.data.render import render_prompt
 from qmemtune.engine.restore import load_run
 from qmemtune.evaluation.generate import stream_answer

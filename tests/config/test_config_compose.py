@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from qmemtune.config.adapters import ADAPTERS
-from qmemtune.config.compose import compose, load_resolved, to_yaml
+from qmemtune.config.compose import compose, to_yaml
 from qmemtune.config.familiar import FAMILIAR
 from qmemtune.config.fields import fields_of
+from qmemtune.config.of_run import load_resolved
 from qmemtune.errors import UserError
 
 QUICK = "recipe=quickstart"

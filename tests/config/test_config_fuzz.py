@@ -6,8 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qmemtune.config.compose import compose, load_resolved, to_yaml
+from qmemtune.config.compose import compose, to_yaml
 from qmemtune.config.fields import fields_of
+from qmemtune.config.of_run import load_resolved
 from qmemtune.config.overrides import read_overrides
 from qmemtune.config.validate import validate
 from qmemtune.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qmemtune.cli.app import main
-from qmemtune.config.compose import load_resolved
+from qmemtune.config.of_run import load_resolved
 from qmemtune.engine.checkpoints import checked
 from qmemtune.engine.restore import load_run
 from qmemtune.engine.run import train

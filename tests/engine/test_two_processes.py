@@ -19,7 +19,7 @@ from qmemtune.engine.run import train
 SCRIPT = """
 import sys
 from pathlib import Path
-from qmemtune.config.compose import load_resolved
+from qmemtune.config.of_run import load_resolved
 from qmemtune.engine.run import train
 
 train(load_resolved(Path(sys.argv[1]), sys.argv[2:]))

@@ -9,11 +9,13 @@ from qmemtune.adapters.files import WEIGHTS
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
 from qmemtune.config.data import SourceConfig
 from qmemtune.config.missing import MISSING
+from qmemtune.data.render import form_of
 from qmemtune.engine.manifest import sha256
 from qmemtune.errors import UserError
 from qmemtune.export import export_run
 from qmemtune.export.card import base_argument
 from qmemtune.export.marker import public, read_marker
+from qmemtune.export.opening import open_exported
 from qmemtune.models.sources import Source
 from qmemtune.rundir import RunDir, write_json
 
@@ -101,6 +103,22 @@ def test_no_source_names_a_place_on_this_machine(make_run, rows: Path) -> None:
         "b": "folder",
     }
     assert "- Data: rows.jsonl, folder\n" in (folder / "README.md").read_text()
+
+
+def test_the_form_of_the_first_set_is_known_where_the_rows_are_gone(make_run, rows: Path, tmp_path: Path) -> None:
+    run, config = make_run(LoraConfig(r=4), format="merged", fidelity=False)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 4)
+    config.data.path = MISSING
+    # Sets of different forms: a run's config leaves each to be recognised.
+    config.data.sources = {"asks": SourceConfig(path=str(rows)), "chats": SourceConfig(path=str(chats))}
+    folder = Path(export_run(run, config)["path"])
+    rows.rename(rows.with_suffix(".gone"))
+    try:
+        found = open_exported(folder, [], needs_data=False).config.data
+        assert form_of(found) == "alpaca"
+    finally:
+        rows.with_suffix(".gone").rename(rows)
 
 
 def test_how_a_base_is_loaded() -> None:

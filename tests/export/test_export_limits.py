@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qmemtune.config.adapters import LoraConfig, QueryableConfig
-from qmemtune.config.compose import load_resolved
 from qmemtune.config.dump import to_yaml
+from qmemtune.config.of_run import load_resolved
 from qmemtune.errors import RunFailed
 from qmemtune.export import export_run
 from qmemtune.export.exactness import plan
