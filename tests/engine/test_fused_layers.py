@@ -360,3 +360,20 @@ def test_a_route_is_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = low_rank.through_route(routed, z)
     torch.testing.assert_close(found, routed.sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [3, 16, 24])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_side_by_side_go_through_one_operator(layers: int, rank: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    routed = torch.randn(9, rank, rank, generator=generator)
+    states = torch.randn(9, layers * rank, generator=generator).to(dtype)
+    each = states.float().split(rank, dim=1)
+    forth = torch.cat([torch.einsum("nij,nj->ni", routed, z) for z in each], dim=1)
+    back = torch.cat([torch.einsum("nji,nj->ni", routed, z) for z in each], dim=1)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = low_rank.through_route(routed, states), low_rank.back_through_route(routed, states)
+    for result, expected in zip(found, (forth, back), strict=True):
+        torch.testing.assert_close(result, expected.to(dtype), **tolerance)

@@ -119,6 +119,23 @@ def test_cross_entropy(dtype: torch.dtype, words: int) -> None:
     torch.testing.assert_close(logits.float(), leaf.grad, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("rank", [3, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routed_product(dtype: torch.dtype, rank: int, layers: int) -> None:
+    from qmemtune.adapters.queryable import kernels
+
+    routed = torch.randn(37, rank, rank, device="cuda") / rank**0.5
+    # Of a wider tensor: a token's numbers lie together, not those of all tokens.
+    states = torch.randn(37, layers * rank + 5, device="cuda").to(dtype)[:, : layers * rank]
+    each = states.float().unflatten(1, (layers, rank))
+    tolerance = EXACT if dtype == torch.float32 else ROUNDED
+    for transposed, product in ((False, "nij,nlj->nli"), (True, "nji,nlj->nli")):
+        expected = torch.einsum(product, routed, each).flatten(1).to(dtype)
+        found = kernels.routed(routed, states, transposed=transposed)
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
 # Layers and loss
 
 

@@ -110,18 +110,15 @@ class _AdaptedLayers(torch.autograd.Function):
         flat, ctx.shape = x.reshape(x.shape[:-1].numel(), x.shape[-1]), x.shape[:-1]
         ctx.factors = [(len(factor), factor.dtype) for factor in factors]
         states, cast = _states(flat, factors)
-        inner = _split(states, ctx.factors)
-        routed = None
-        if gradient is not None:
-            routed = gradient.flat
-            inner = [through_route(routed, state) for state in inner]
+        routed = None if gradient is None else gradient.flat
+        through = states if routed is None else through_route(routed, states)
+        inner = _split(through, ctx.factors)
         outer_cast = [factor.to(x.dtype) for factor in outer]
         results = _products(flat, bases, ctx.shape)
         for result, base, state, factor in zip(results, bases, inner, outer_cast, strict=True):
             result.view(len(flat), len(factor)).addmm_(state, factor.t(), alpha=base.scaling)
         kept = _kept(ctx, flat, remade, factors_and_kept[2 * count :], _AdaptedLayers.PLACE, count)
-        # Without a route what passes through B are the states themselves.
-        ctx.save_for_backward(cast, states, *outer_cast, *(inner if gradient is not None else ()), *kept)
+        ctx.save_for_backward(cast, states, through, *outer_cast, *kept)
         ctx.weights_of, ctx.scalings = [base.weight_of for base in bases], [base.scaling for base in bases]
         ctx.remade, ctx.gradient, ctx.routed = remade, gradient, routed
         ctx.outer_type = outer[0].dtype
@@ -131,10 +128,9 @@ class _AdaptedLayers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count, place = len(grads), _AdaptedLayers.PLACE
-        cast, states, *saved = ctx.saved_tensors
-        outer, saved = saved[:count], saved[count:]
-        parts = _split(states, ctx.factors)
-        inner, kept = (saved[:count], saved[count:]) if ctx.gradient is not None else (parts, saved)
+        cast, states, through, *saved = ctx.saved_tensors
+        outer, kept = saved[:count], saved[count:]
+        inner = _split(through, ctx.factors)
         wanted = ctx.needs_input_grad
         grad_outer: list[Tensor | None] = [None] * count
         grad_inner = []
@@ -143,12 +139,11 @@ class _AdaptedLayers(torch.autograd.Function):
             if wanted[place + count + i]:
                 grad_outer[i] = product(state.t(), grad, ctx.outer_type).t().mul_(scaling)
             grad_inner.append(scaled_product(grad, factor, scaling))
+        grad_states = torch.cat(grad_inner, dim=1) if count > 1 else grad_inner[0]
         if ctx.gradient is not None:
             if wanted[4]:
-                for part, state in zip(grad_inner, parts, strict=True):
-                    ctx.gradient.leave(part, state)
-            grad_inner = [back_through_route(ctx.routed, part) for part in grad_inner]
-        grad_states = torch.cat(grad_inner, dim=1) if count > 1 else grad_inner[0]
+                ctx.gradient.leave(grad_states, states)
+            grad_states = back_through_route(ctx.routed, grad_states)
         grad_x = _input_gradient(ctx, grads, grad_states, cast) if wanted[0] else None
         grad_factors = _factor_gradients(ctx, grad_states, kept, place)
         if grad_x is not None:
