@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def merge_export(
     overrides: Overrides = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say which formats are exact for this run, and why; write nothing.")
+        bool,
+        typer.Option(
+            "--plan", help="Say which formats are exact for this run, and what would be written where; write nothing."
+        ),
     ] = False,
     force: Annotated[
         bool,
@@ -54,6 +57,16 @@ def merge_export(
 def _show_plan(console: Console, planned: dict[str, Any]) -> None:
     for form, found in planned["formats"].items():
         console.print(f"{form:<8}{found['kind']:<13}{found['why']}", markup=False)
+    export = planned["export"]
+    words = [f"export.format={export['format']}"]
+    if "fold" in export:
+        words.append(f"made static by export.fold={export['fold']} at rank {export['rank']}")
+    if "base" in export:
+        auto = export["base"] == "auto"
+        base = "dequantized or original base, whichever has the lower loss" if auto else f"{export['base']} base"
+        words.append(f"merged into the {base}")
+    there = ", where something is already: --force replaces an earlier export" if export["taken"] else ""
+    console.print(f"would write {', '.join(words)}, to {export['path']}{there}", markup=False)
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

@@ -11,9 +11,19 @@ from pathlib import Path
 
 import psutil
 
+from qmemtune.config.export import ExportConfig
 from qmemtune.disk import onto_disk
 from qmemtune.errors import UserError
 from qmemtune.export.marker import MARKER
+from qmemtune.rundir import RunDir
+
+
+def destination(run: RunDir, export: ExportConfig) -> Path:
+    """The folder that an export is to be written to, absolute where it is given."""
+    if not export.path:
+        return run.export / export.format
+    # Of "." and ".." too, which have no name of their own.
+    return Path(os.path.abspath(Path(export.path).expanduser()))
 
 
 def check_destination(path: Path, *, force: bool) -> None:
@@ -26,7 +36,7 @@ def check_destination(path: Path, *, force: bool) -> None:
     recover(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError("the destination exists and is not a folder", where=str(path), fix="choose another export.path")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not is_taken(path):
         return
     if not force:
         raise UserError("the destination exists", where=str(path), fix="add --force, or choose another export.path")
@@ -36,6 +46,11 @@ def check_destination(path: Path, *, force: bool) -> None:
             where=str(path),
             fix="choose another export.path, or remove that folder yourself",
         )
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something is there that an export would have to replace."""
+    return path.is_symlink() or (path.exists() and not path.is_dir()) or (path.is_dir() and any(path.iterdir()))
 
 
 def recover(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qmemtune.config.adapters import MethodConfig
@@ -10,6 +10,7 @@ from qmemtune.config.export import LIVE_FORMATS
 from qmemtune.config.schema import Config
 from qmemtune.engine.restore import require_adapter
 from qmemtune.errors import UserError
+from qmemtune.export.destination import destination, is_taken
 from qmemtune.models.configs import read_config
 from qmemtune.models.loading import refuse_stored_quantised
 from qmemtune.models.sources import resolve
@@ -69,19 +70,30 @@ def require_exportable(run: RunDir, config: Config) -> None:
 
 
 def plan(run: RunDir, config: Config) -> dict[str, Any]:
-    """What each format would be for a run; nothing is written.
+    """What each format would be for a run, and what the export that is asked for would do; nothing is written.
 
     Returns:
-        ``run_dir``, and under ``formats`` for each one ``kind`` (exact, approximate, impossible) and ``why``.
+        ``run_dir``; under ``formats`` for each one ``kind`` (exact, approximate, impossible), ``why`` and ``path``;
+        under ``export`` the ``format`` asked for, its ``path`` and whether something is there already (``taken``), of
+        a memory made static ``fold`` and ``rank``, and the ``base`` a quantised run is merged into.
     """
+    export = config.export
     formats = {}
     for form in FORMATS:
         found = exactness(config, form)
         problem = obstacle(run, config, form)
         if problem is not None:
             found = Exactness("impossible", problem)
-        formats[form] = {"kind": found.kind, "why": found.why}
-    return {"run_dir": str(run.path), "formats": formats}
+        path = destination(run, replace(export, format=form))  # type: ignore[arg-type]
+        formats[form] = {"kind": found.kind, "why": found.why, "path": str(path)}
+    path = destination(run, export)
+    asked: dict[str, Any] = {"format": export.format, "path": str(path), "taken": is_taken(path)}
+    if config.adapter.kind == "queryable" and not export.is_live:
+        asked["fold"] = export.fold
+        asked["rank"] = (export.rank if export.fold == "distill" else None) or config.adapter.r
+    if config.quantization.kind != "none" and export.format == "merged":
+        asked["base"] = export.base
+    return {"run_dir": str(run.path), "formats": formats, "export": asked}
 
 
 def obstacle(run: RunDir, config: Config, form: str) -> str | None:

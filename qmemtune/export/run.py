@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from qmemtune.engine.progress import Progress, SilentProgress
 from qmemtune.export.base_choice import compare_bases
 from qmemtune.export.basefiles import end_generation_at
 from qmemtune.export.card import write_card
-from qmemtune.export.destination import check_destination, written_whole
+from qmemtune.export.destination import check_destination, destination, written_whole
 from qmemtune.export.distill import distilled
 from qmemtune.export.exactness import exactness, require_exportable
 from qmemtune.export.gguf import find_converter
@@ -52,10 +51,7 @@ def export_run(run: RunDir, config: Config, *, progress: Progress | None = None)
     """
     start = time.perf_counter()
     require_exportable(run, config)
-    path = run.export / config.export.format
-    if config.export.path:
-        # Of "." and ".." too, which have no name of their own.
-        path = Path(os.path.abspath(Path(config.export.path).expanduser()))
+    path = destination(run, config.export)
     check_destination(path, force=config.export.force)
     found = exactness(config, config.export.format)
     result: dict[str, Any] = {"path": str(path), "format": config.export.format, "exact": found.exact}

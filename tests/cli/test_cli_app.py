@@ -268,11 +268,19 @@ def test_merge_export_takes_the_newest_run_and_says_which(run, module, finished_
 
 
 def test_plan_of_an_export_writes_nothing(run, module, finished_run):
-    formats = {"merged": {"kind": "approximate", "why": "because"}}
-    module("qmemtune.export.exactness", plan=lambda run_dir, config: {"run_dir": "x", "formats": formats})
+    planned = {
+        "run_dir": "x",
+        "formats": {"merged": {"kind": "approximate", "why": "because", "path": "x/export/merged"}},
+        "export": {"format": "merged", "path": "x/export/merged", "taken": True, "fold": "distill", "rank": 16}
+        | {"base": "auto"},
+    }
+    module("qmemtune.export.exactness", plan=lambda run_dir, config: planned)
     result = run("merge-export", f"run_dir={finished_run}", "--plan")
     assert result.code == 0
     assert "merged  approximate  because" in result.out
+    told = " ".join(result.out.split())
+    assert "export.format=merged, made static by export.fold=distill at rank 16" in told
+    assert "whichever has the lower loss, to x/export/merged, where something is already: --force replaces" in told
 
 
 @pytest.mark.parametrize("verb", ["eval", "merge-export", "generate"])

@@ -75,6 +75,26 @@ def test_plan_says_what_is_exact(make_run) -> None:
     assert {found["kind"] for found in plan(run, config)["formats"].values()} == {"impossible"}
 
 
+def test_plan_says_what_would_be_written_where(make_run, tmp_path: Path) -> None:
+    run, config = make_run(FAR, format="lora", fold="mean", rank=64)
+    asked = plan(run, config)["export"]
+    assert asked == {
+        "format": "lora",
+        "path": str(run.export / "lora"),
+        "taken": False,
+        "fold": "mean",
+        "rank": config.adapter.r,
+    }
+    run, config = make_run(FAR, kind="nf4", fold="distill", rank=64, path=str(tmp_path / "there"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
+    asked = plan(run, config)["export"]
+    assert (asked["path"], asked["taken"], asked["rank"]) == (str(tmp_path / "there"), True, 64)
+    assert asked["base"] == config.export.base
+    assert [file.name for file in (tmp_path / "there").iterdir()] == ["notes.txt"]
+    assert "fold" not in plan(*make_run(LoraConfig(r=2)))["export"]
+
+
 def test_configs_of_earlier_versions_load(make_run, tmp_path: Path) -> None:
     _, config = make_run(FAR)
     text = to_yaml(config).replace("format: merged", "format: adapter").replace("force: false", "overwrite: true")
