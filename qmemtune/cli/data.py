@@ -77,7 +77,8 @@ def _show(console: Console, report: dict[str, Any]) -> None:
             f"{name}{source['path']}: {source['read']:,} rows read ({source['format']}){weight}", markup=False
         )
         for reason, count in source["rejected"].items():
-            console.print(f"  {count:,} rejected: {reason}", style="red", markup=False)
+            where = source["rejected_at"][reason]
+            console.print(f"  {count:,} rejected: {reason} ({where})", style="red", markup=False)
     for name, title in (("train", "train"), ("heldout", "held out")):
         part = report[name]
         cut = f", {part['truncated']:,} cut at {report['max_length']:,} ({part['cut_tokens']:,} tokens lost)"

@@ -38,6 +38,22 @@ class SourceReport:
     def by_reason(self) -> dict[str, int]:
         return dict(Counter(row.reason for row in self.rejected).most_common())
 
+    def first_of(self, reason: str) -> list[Rejected]:
+        """The first rows that were rejected for a reason."""
+        return [row for row in self.rejected if row.reason == reason][:EXAMPLES_SHOWN]
+
+    def place(self, row: Rejected) -> str:
+        """Where a row is, seen from this source."""
+        return f"line {row.line}" if row.file == self.path else f"{row.file}:line {row.line}"
+
+    def places(self) -> dict[str, str]:
+        """Reason -> where its first rows are."""
+        return {
+            reason: ", ".join(self.place(row) for row in self.first_of(reason))
+            + (", ..." if count > EXAMPLES_SHOWN else "")
+            for reason, count in self.by_reason().items()
+        }
+
     def check(self, max_rejected: float) -> None:
         """Raise UserError when more rows than ``max_rejected`` (a share below 1, else a count) cannot be used."""
         count = len(self.rejected)
@@ -57,13 +73,9 @@ class SourceReport:
             fix = "mend the rows; data.max_rejected=N leaves out up to N bad rows"
         findings = [Finding(problem, self.path, fix)]
         for reason, count in reasons[:REASONS_SHOWN]:
-            rows = [row for row in self.rejected if row.reason == reason][:EXAMPLES_SHOWN]
             shown = "; ".join(
-                ("" if row.file == self.path else f"{row.file}:")
-                + f"line {row.line}"
-                + (f" ({row.detail})" if row.detail else "")
-                + f": {row.excerpt[:80]}"
-                for row in rows
+                self.place(row) + (f" ({row.detail})" if row.detail else "") + f": {row.excerpt[:80]}"
+                for row in self.first_of(reason)
             )
             findings.append(Finding(f"{count} x {reason}: {shown}", self.path))
         if len(reasons) > REASONS_SHOWN:
@@ -72,6 +84,8 @@ class SourceReport:
 
     def as_dict(self) -> dict[str, Any]:
         facts = {"path": self.path, "format": self.form, "read": self.read, "rejected": self.by_reason()}
+        if self.rejected:
+            facts["rejected_at"] = self.places()
         if self.name:
             facts |= {"name": self.name, "weight": self.weight, "rows": self.mixed_rows, "tokens": self.mixed_tokens}
         return facts
@@ -145,7 +159,10 @@ class DataReport:
         """The report for people."""
         lines = [self.train.line("train", self.max_length), self.heldout.line("held out", self.max_length)]
         for source in self.sources:
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in source.by_reason().items())
+            places = source.places()
+            reasons = "; ".join(
+                f"{count} x {reason} ({places[reason]})" for reason, count in source.by_reason().items()
+            )
             lines.append(
                 f"{source.path}: {source.read:,} rows read ({source.form or 'unknown'})"
                 + (f", {len(source.rejected):,} rejected: {reasons}" if reasons else "")

@@ -28,7 +28,7 @@ def test_the_report_for_people(arguments, capsys):
     assert main([*arguments, "--rows", "2"]) == 0
     text = capsys.readouterr().out
     assert "31 rows read (prompt_completion)" in text
-    assert "1 rejected: malformed JSON" in text
+    assert "1 rejected: malformed JSON (line 31)" in text
     assert "train: 27 rows" in text
     assert "quantiles" in text
     assert text.count("⟦") == 2
@@ -40,6 +40,7 @@ def test_the_report_for_scripts_and_the_picture(arguments, capsys, tmp_path):
     assert main([*arguments, "--json", "--png", str(picture)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["train"]["rows"], report["heldout"]["rows"], report["rejected"]) == (27, 3, 1)
+    assert report["sources"][0]["rejected_at"] == {"malformed JSON": "line 31"}
     assert report["png"] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -8,6 +8,8 @@ import pytest
 
 from qmemtune.config.data import DataConfig
 from qmemtune.data.prepare import prepare_data
+from qmemtune.data.records import Rejected
+from qmemtune.data.report import DataReport, SourceReport
 from qmemtune.errors import UserError
 
 GOOD = b'{"prompt": "ask", "completion": "answer"}'
@@ -327,3 +329,10 @@ def test_rejected_rows_are_written_even_when_it_stops(tmp_path, tokenizer):
     with pytest.raises(UserError):
         prepare_data(DataConfig(path=str(path)), tokenizer, rejected_path=rejected_path)
     assert [json.loads(line)["line"] for line in rejected_path.read_text().splitlines()] == [3, 2]
+
+
+def test_the_report_says_where_the_first_bad_rows_are():
+    report = SourceReport("a", read=9)
+    report.rejected = [Rejected("a", line, "odd") for line in (2, 3, 5, 7)] + [Rejected("b", 1, "even")]
+    assert report.as_dict()["rejected_at"] == {"odd": "line 2, line 3, line 5, ...", "even": "b:line 1"}
+    assert "4 x odd (line 2, line 3, line 5, ...); 1 x even (b:line 1)" in "".join(DataReport(sources=[report]).lines())
