@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ import typer
 
 from qmemtune.cli.options import Debug, Json, Overrides, Quiet
 from qmemtune.cli.output import Output, output, print_error
+from qmemtune.cli.prompts import Asked, prompts
 from qmemtune.errors import Finding, UserError
 
 if TYPE_CHECKING:
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
 
     from qmemtune.engine.restore import LoadedModel
 
-BOM = "\ufeff"
-"""What some editors put at the beginning of a file."""
 OWN_ARGUMENTS = ("prompt", "instruction")
 """Plain arguments of this verb that are no keys of the config."""
+ROWS_SHOWN = 8
+"""Rows that cannot be asked, named one by one."""
 
 
 def generate(
@@ -69,7 +71,7 @@ def generate(
         chat = prompt is None and file is None and sys.stdin.isatty()
         if chat and as_json:
             raise UserError("a chat gives no JSON", where="--json", fix="give --prompt or --file, or leave --json out")
-        rows = [] if chat else list(_prompts(prompt, file))
+        rows = [] if chat else list(prompts(prompt, file))
         asked, loaded = _load(rest, out)
         if instruction and not loaded.source.active:
             out.warn([f"instruction={instruction} has no effect: there is no adapter with an instruction prior"])
@@ -77,6 +79,7 @@ def generate(
         if chat:
             _chat(speaker, out)
             return
+        speaker.check(rows)
         answers = [_answer(speaker, row, out, alone=len(rows) == 1) for row in rows]
         if out.as_json:
             out.result({**asked, "answers": answers}, _nothing)
@@ -153,6 +156,26 @@ class Speaker:
         text_template = template(first_source(self.loaded.config.data).prompt_template, "data.prompt_template")
         return [] if text_template is None else text_template.fields
 
+    def check(self, rows: Sequence[Asked]) -> None:
+        """See before the first answer that all can be asked.
+
+        Raises:
+            UserError: with the rows that cannot.
+        """
+        from qmemtune.evaluation.generate import prompt_ids
+
+        findings: list[Finding] = []
+        for asked in rows:
+            try:
+                prompt_ids(self.loaded, asked.parts(self.fields)[0])
+            except UserError as error:
+                findings += [replace(found, where=asked.where or found.where) for found in error.findings]
+        if len(findings) > ROWS_SHOWN:
+            more = f"and {len(findings) - ROWS_SHOWN:,} more"
+            findings[ROWS_SHOWN:] = [Finding(more, f"{len(rows):,} rows")]
+        if findings:
+            raise UserError.many(findings)
+
     def stream(self, prompt: Any, instruction: str | None = None) -> Iterator[str]:
         """The answer in pieces."""
         from qmemtune.evaluation.generate import stream_answer
@@ -179,70 +202,12 @@ def _own_arguments(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]
     return own, rest
 
 
-def _prompts(prompt: str | None, file: Path | None) -> Iterator[dict[str, Any]]:
-    """Rows with ``prompt`` or ``messages`` and perhaps ``instruction``, or with the columns of a training row.
-
-    Raises:
-        UserError: the file cannot be read, or holds no prompt.
-    """
-    if prompt is not None and file is not None:
-        raise UserError("a prompt and a file of prompts are given", fix="give one of --prompt and --file")
-    if prompt is not None:
-        yield {"prompt": prompt}
-        return
-    where = "stdin" if file is None else str(file)
-    try:
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=where) from None
-    is_jsonl = file is not None and file.suffix.lower() in (".jsonl", ".ndjson")
-    # Not splitlines, which also breaks at characters that JSON has within its texts, such as U+2028.
-    rows = [(number, line) for number, line in enumerate(text.removeprefix(BOM).split("\n"), start=1) if line.strip()]
-    if not rows:
-        raise UserError("holds no prompt", where=where, fix="write one prompt a line, or give --prompt")
-    findings: list[Finding] = []
-    parsed = [_row(line, f"{where}:{number}", findings) if is_jsonl else {"prompt": line} for number, line in rows]
-    if findings:
-        raise UserError.many(findings)
-    yield from parsed
-
-
-def _row(line: str, where: str, findings: list[Finding]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        findings.append(Finding(f"not valid JSON: {error}", where))
-        return {}
-    if not isinstance(row, dict) or not row or not all(row.get(name, " ") for name in ("prompt", "messages")):
-        fix = 'write {"prompt": "..."}, {"messages": [...]} or the columns of a training row'
-        findings.append(Finding("no prompt", where, fix))
-        return {}
-    if not isinstance(row.get("prompt", ""), str | list):
-        findings.append(Finding("the prompt is no text", where, 'write {"prompt": "..."}'))
-        return {}
-    return row
-
-
-def _asked(row: dict[str, Any], fields: Sequence[str]) -> tuple[Any, str | None]:
-    """What to answer, and the text for the instruction prior where the row gives it apart.
-
-    A row of other columns is one of a training file: it has all that its prompt and that text are made of.
-
-    Args:
-        fields: of the run's prompt template.
-    """
-    for name in ("prompt", "messages"):
-        if name in row and row.keys() <= {name, "instruction"} and len(fields) < 2:
-            instruction = row.get("instruction")
-            return row[name], instruction if isinstance(instruction, str) else None
-    return row, None
-
-
-def _answer(speaker: Speaker, row: dict[str, Any], out: Output, *, alone: bool) -> dict[str, Any]:
+def _answer(speaker: Speaker, asked: Asked, out: Output, *, alone: bool) -> dict[str, Any]:
+    row = asked.row
     if not alone and not out.as_json and out.stdout.isatty():
-        asked = row.get("prompt")
-        out.note(f"> {asked if isinstance(asked, str) else json.dumps(row, ensure_ascii=False)}")
-    answer = _say(speaker.stream(*_asked(row, speaker.fields)), out)
+        text = row.get("prompt")
+        out.note(f"> {text if isinstance(text, str) else json.dumps(row, ensure_ascii=False)}")
+    answer = _say(speaker.stream(*asked.parts(speaker.fields)), out)
     # A training row's own answer is what the new one is compared with.
     own = {"reference": row["answer"]} if "answer" in row and "reference" not in row else {}
     return {**row, **own, "answer": answer}

@@ -15,7 +15,7 @@ from qmemtune.data.encode import Encoder, Segment
 from qmemtune.data.examples import Example, ExampleMaker, template
 from qmemtune.data.formats import FORMS, alpaca_prompt
 from qmemtune.data.mixture import first_source
-from qmemtune.data.records import RawRow, RowError
+from qmemtune.data.records import RawRow, RowError, as_text
 from qmemtune.data.sources import GENERATED, generated_rows, read_rows
 from qmemtune.data.templates import TextParts
 from qmemtune.errors import UserError
@@ -170,11 +170,23 @@ def render_row(config: DataConfig, tokenizer: Any, row: Mapping[str, Any]) -> tu
     if form not in CONVERSATIONS:
         turns = {name: FORMS[name].required[0] for name in CONVERSATIONS}
         form = next((name for name, field in turns.items() if config.columns.get(field, field) in row), form)
-    if isinstance(row.get("prompt"), str) and not any(name in row for name in prompt_columns(config, form)):
+    columns = prompt_columns(config, form)
+    missing = [name for name in columns if name not in row]
+    if isinstance(row.get("prompt"), str) and len(missing) == len(columns):
         # Beside other columns that mean nothing to this run.
         instruction = row.get("instruction") or (row["prompt"] if config.instruction == "user" else "")
         return render_prompt(config, tokenizer, row["prompt"], form=form), str(instruction)
+    if missing:
+        raise UserError(
+            f"there is no {' and no '.join(missing)}, which this run's prompts are made of",
+            where="prompt",
+            fix=f"give {', '.join(columns)}{'' if 'prompt' in columns else ', or a prompt'}; "
+            f"the row has {', '.join(map(str, row)) or 'no column'}",
+        )
     try:
+        if form == "text":
+            # The beginning of a text, to be continued.
+            return render_prompt(config, tokenizer, as_text(row[columns[0]], f"column '{columns[0]}'"), form=form), ""
         example = unanswered(config, form, row)
     except RowError as error:
         raise UserError(str(error), where="prompt") from error
@@ -185,7 +197,11 @@ def render_row(config: DataConfig, tokenizer: Any, row: Mapping[str, Any]) -> tu
 def prompt_columns(config: DataConfig, form: str) -> list[str]:
     """Names of columns that prompts of this form are made of."""
     text_template = template(config.prompt_template, "data.prompt_template")
-    used = FORMS[form].required if text_template is None else text_template.fields
+    if text_template is not None:
+        used = list(text_template.fields)
+    else:
+        required = FORMS[form].required
+        used = [name for name in required if name != FORMS[form].completion_field] or list(required)
     return [config.columns.get(name, name) for name in used]
 
 

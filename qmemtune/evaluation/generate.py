@@ -65,12 +65,7 @@ def stream_answer(
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         seed: makes drawing repeatable. The global random state is not touched either way.
     """
-    config = first_source(loaded.config.data)
-    if isinstance(prompt, Mapping):
-        ids, own = render_row(config, loaded.tokenizer, prompt)
-    else:
-        ids = render_prompt(config, loaded.tokenizer, prompt)
-        own = default_instruction(config.instruction, config.system, prompt)
+    ids, own = prompt_ids(loaded, prompt)
     return stream_ids(
         loaded.model,
         loaded.tokenizer,
@@ -82,6 +77,19 @@ def stream_answer(
         temperature=temperature,
         seed=seed,
     )
+
+
+def prompt_ids(loaded: Loaded, prompt: Prompt) -> tuple[list[int], str]:
+    """The token ids of a prompt as training rows of the run had it, and its text for the instruction prior.
+
+    Raises:
+        UserError: it is empty, or lacks what prompts of the run are made of.
+    """
+    config = first_source(loaded.config.data)
+    if isinstance(prompt, Mapping):
+        return render_row(config, loaded.tokenizer, prompt)
+    ids = render_prompt(config, loaded.tokenizer, prompt)
+    return ids, default_instruction(config.instruction, config.system, prompt)
 
 
 def stream_ids(

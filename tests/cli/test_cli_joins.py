@@ -208,6 +208,16 @@ def test_prompts_from_every_side(call, capsys, monkeypatch, trained):
     assert own in capsys.readouterr().out
 
 
+def test_rows_that_cannot_be_asked_are_all_named_before_the_first_answer(call, trained):
+    rows = [{"prompt": "Name colour 3"}, *[{"q": "x", "a": "y"}] * 10]
+    Path("odd.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    findings = call("generate", f"run_dir={trained / 'one'}", "--file", "odd.jsonl", code=2)["error"]["findings"]
+    assert [found["where"] for found in findings] == [f"odd.jsonl:{line}" for line in range(2, 10)] + ["11 rows"]
+    assert findings[0]["problem"].startswith("there is no ")
+    assert findings[0]["fix"].endswith("the row has q, a")
+    assert findings[-1]["problem"] == "and 2 more"
+
+
 def test_the_instruction_reaches_the_prior(trained):
     config = load_resolved(trained / "one" / "config.yaml", []).config
     loaded = load_run(RunDir(trained / "one"), config)

@@ -81,10 +81,18 @@ def test_a_prompt_beside_columns_that_mean_nothing_is_the_prompt(tokenizer):
 @pytest.mark.parametrize(
     ("row", "options", "words"),
     [
-        ({"a": "x"}, {"prompt_template": "{a} {b}"}, "names 'b'"),
+        (
+            {"a": "x"},
+            {"prompt_template": "{a} {b}"},
+            "there is no b, which .* -> give a, b, or a prompt; the row has a$",
+        ),
         ({"a": ["x"]}, {"prompt_template": "{a}"}, "column 'a' is a list"),
         ({"a": float("nan")}, {"prompt_template": "{a}"}, "column 'a' is not a number"),
-        ({"a": "x"}, {}, "needs the column prompt"),
+        ({"a": "x"}, {}, "there is no prompt, which .* -> give prompt; the row has a$"),
+        ({"a": "x"}, {"columns": {"prompt": "q"}}, "give q, or a prompt; the row has a$"),
+        ({"completion": "x"}, {}, "there is no prompt"),
+        ({"a": "x"}, {"format": "text"}, "there is no text"),
+        ({"text": 5}, {"format": "text"}, "column 'text' is a number"),
         ({"messages": CHAT}, {}, "must end with a turn to answer"),
         ({"messages": []}, {}, "must end with a turn to answer"),
     ],
@@ -92,6 +100,17 @@ def test_a_prompt_beside_columns_that_mean_nothing_is_the_prompt(tokenizer):
 def test_rows_that_do_not_fit(tokenizer, row, options, words):
     with pytest.raises(UserError, match=words):
         render_row(DataConfig(path="gone.jsonl", **options), tokenizer, row)
+
+
+def test_a_plain_text_is_continued(tokenizer):
+    config = DataConfig(path="gone.jsonl", format="text", columns={"text": "story"})
+    assert render_row(config, tokenizer, {"story": "once upon"}) == (render_prompt(config, tokenizer, "once upon"), "")
+
+
+def test_a_prompt_beside_the_answer_is_the_prompt(tokenizer):
+    config = DataConfig(path="gone.jsonl", format="alpaca")
+    ids, _ = render_row(config, tokenizer, {"prompt": "ask", "output": "answer"})
+    assert ids == render_prompt(config, tokenizer, "ask")
 
 
 def test_of_several_sets_the_first_ones_prompts(write_rows, tokenizer):
