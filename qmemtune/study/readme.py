@@ -30,7 +30,7 @@ def study_section(study: Mapping[str, Any], *, among_others: bool) -> str:
     """One study in short.
 
     Args:
-        among_others: whether another of the same title is shown too, with other variants.
+        among_others: whether another of the same title is shown too, with other variants or settings.
     """
     metrics = study["metrics"]
     head = ["setting", "variant", "parameters"]
@@ -60,7 +60,8 @@ def study_section(study: Mapping[str, Any], *, among_others: bool) -> str:
     # Folded where the page is rendered, so that what was found is not lost among the tables.
     title = study["title"]
     if among_others:
-        title += ": " + ", ".join(variant["name"] for variant in study["variants"])
+        names = [", ".join(part["name"] for part in study[what]) for what in ("variants", "settings")]
+        title += ": {} ({})".format(*names)
     return "\n\n".join([f"<details><summary><b>{title}</b></summary>", *lines, "</details>"])
 
 
