@@ -34,7 +34,7 @@ def stand_in(tmp_path, monkeypatch):
     forms = {"messages": "messages"}
     module = {
         "qmemtune.engine.restore": {"load_run": load_run},
-        "qmemtune.evaluation.generate": {"stream_answer": stream_answer},
+        "qmemtune.evaluation.generate": {"stream_answer": stream_answer, "prompt_ids": lambda loaded, prompt: ([], "")},
         "qmemtune.data.render": {"form_of": lambda data: forms.get(data.format, "prompt_completion")},
     }
     for name, functions in module.items():
