@@ -71,7 +71,7 @@ def generate(
         chat = prompt is None and file is None and sys.stdin.isatty()
         if chat and as_json:
             raise UserError("a chat gives no JSON", where="--json", fix="give --prompt or --file, or leave --json out")
-        rows = [] if chat else list(prompts(prompt, file))
+        rows = [] if chat else prompts(prompt, file)
         asked, loaded = _load(rest, out)
         if instruction and not loaded.source.active:
             out.warn([f"instruction={instruction} has no effect: there is no adapter with an instruction prior"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Asked:
         return self.row, None
 
 
-def prompts(prompt: str | None, file: Path | None) -> Iterator[Asked]:
+def prompts(prompt: str | None, file: Path | None) -> list[Asked]:
     """The given prompt, or those of a file, or of stdin where neither is given.
 
     Raises:
@@ -48,8 +48,7 @@ def prompts(prompt: str | None, file: Path | None) -> Iterator[Asked]:
     if prompt is not None and file is not None:
         raise UserError("a prompt and a file of prompts are given", fix="give one of --prompt and --file")
     if prompt is not None:
-        yield Asked({"prompt": prompt})
-        return
+        return [Asked({"prompt": prompt})]
     where = "stdin" if file is None else str(file)
     try:
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
@@ -61,13 +60,13 @@ def prompts(prompt: str | None, file: Path | None) -> Iterator[Asked]:
     if not lines:
         raise UserError("holds no prompt", where=where, fix="write one prompt a line, or give --prompt")
     findings: list[Finding] = []
+    asked = []
     for number, line in lines:
         place = f"{where}:{number}"
-        row = _row(line, place, findings) if is_jsonl else {"prompt": line}
-        if not findings:
-            yield Asked(row, place)
+        asked.append(Asked(_row(line, place, findings) if is_jsonl else {"prompt": line}, place))
     if findings:
         raise UserError.many(findings)
+    return asked
 
 
 def _row(line: str, where: str, findings: list[Finding]) -> dict[str, Any]:

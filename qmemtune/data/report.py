@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,15 @@ class SourceReport:
     mixed_tokens: int = 0
     """Their tokens."""
 
-    def by_reason(self) -> dict[str, int]:
-        return dict(Counter(row.reason for row in self.rejected).most_common())
+    def rows_by_reason(self) -> dict[str, list[Rejected]]:
+        """Rejected rows by what is wrong with them, the most frequent first."""
+        found: dict[str, list[Rejected]] = {}
+        for row in self.rejected:
+            found.setdefault(row.reason, []).append(row)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
-    def first_of(self, reason: str) -> list[Rejected]:
-        """The first rows that were rejected for a reason."""
-        return [row for row in self.rejected if row.reason == reason][:EXAMPLES_SHOWN]
+    def by_reason(self) -> dict[str, int]:
+        return {reason: len(rows) for reason, rows in self.rows_by_reason().items()}
 
     def place(self, row: Rejected) -> str:
         """Where a row is, seen from this source."""
@@ -49,9 +51,8 @@ class SourceReport:
     def places(self) -> dict[str, str]:
         """Reason -> where its first rows are."""
         return {
-            reason: ", ".join(self.place(row) for row in self.first_of(reason))
-            + (", ..." if count > EXAMPLES_SHOWN else "")
-            for reason, count in self.by_reason().items()
+            reason: ", ".join(map(self.place, rows[:EXAMPLES_SHOWN])) + (", ..." if len(rows) > EXAMPLES_SHOWN else "")
+            for reason, rows in self.rows_by_reason().items()
         }
 
     def check(self, max_rejected: float) -> None:
@@ -64,7 +65,7 @@ class SourceReport:
 
     def fail(self, problem: str) -> None:
         """Raise UserError with the problem, the reasons by count and the first rows of each."""
-        reasons = list(self.by_reason().items())
+        reasons = list(self.rows_by_reason().items())
         if not reasons:
             fix = "give a source with rows"
         elif "data.max_length" in reasons[0][0]:
@@ -72,12 +73,12 @@ class SourceReport:
         else:
             fix = "mend the rows; data.max_rejected=N leaves out up to N bad rows"
         findings = [Finding(problem, self.path, fix)]
-        for reason, count in reasons[:REASONS_SHOWN]:
+        for reason, rows in reasons[:REASONS_SHOWN]:
             shown = "; ".join(
                 self.place(row) + (f" ({row.detail})" if row.detail else "") + f": {row.excerpt[:80]}"
-                for row in self.first_of(reason)
+                for row in rows[:EXAMPLES_SHOWN]
             )
-            findings.append(Finding(f"{count} x {reason}: {shown}", self.path))
+            findings.append(Finding(f"{len(rows)} x {reason}: {shown}", self.path))
         if len(reasons) > REASONS_SHOWN:
             findings.append(Finding(f"and {len(reasons) - REASONS_SHOWN} more reasons", self.path))
         raise UserError.many(findings)

@@ -11,6 +11,7 @@ from qmemtune.config.adapters import QueryableConfig
 from qmemtune.config.export import LIVE_FORMATS
 from qmemtune.config.schema import Config
 from qmemtune.engine.manifest import sha256
+from qmemtune.export.exactness import rank_of
 from qmemtune.export.marker import public
 from qmemtune.models.sources import PACKAGE, Source
 from qmemtune.rundir import RunDir, read_json
@@ -109,12 +110,6 @@ def loading(config: Config, source: Source) -> str:
         f'{text}\n\ntransformers alone, after the same import: `base.load_adapter("THIS_FOLDER")`\n\nOther servers'
         " (vLLM, llama.cpp) know no input-dependent adapter: export with `export.format=lora` or `merged` for them."
     )
-
-
-def rank_of(config: Config) -> int:
-    """The LoRA's rank."""
-    distilled = config.adapter.kind == "queryable" and config.export.fold == "distill"
-    return (config.export.rank if distilled else None) or config.adapter.r
 
 
 def adapter_loading(config: Config, source: Source) -> list[str]:

@@ -34,10 +34,10 @@ def check_destination(path: Path, *, force: bool) -> None:
             a mistyped path must not cost somebody a folder of something else.
     """
     recover(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UserError("the destination exists and is not a folder", where=str(path), fix="choose another export.path")
     if not is_taken(path):
         return
+    if path.is_symlink() or not path.is_dir():
+        raise UserError("the destination exists and is not a folder", where=str(path), fix="choose another export.path")
     if not force:
         raise UserError("the destination exists", where=str(path), fix="add --force, or choose another export.path")
     if not (path / MARKER).is_file():
@@ -50,7 +50,7 @@ def check_destination(path: Path, *, force: bool) -> None:
 
 def is_taken(path: Path) -> bool:
     """Whether something is there that an export would have to replace."""
-    return path.is_symlink() or (path.exists() and not path.is_dir()) or (path.is_dir() and any(path.iterdir()))
+    return path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
 
 
 def recover(path: Path) -> None:

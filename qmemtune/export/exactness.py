@@ -54,6 +54,17 @@ def exactness(config: Config, form: str) -> Exactness:
     return Exactness("exact", "the update is added to the weights")
 
 
+def folds(config: Config) -> bool:
+    """Whether the export that is asked for has static updates in place of routes."""
+    return config.adapter.kind == "queryable" and not config.export.is_live
+
+
+def rank_of(config: Config) -> int:
+    """Of the LoRA that an export writes or merges."""
+    distilled = config.adapter.kind == "queryable" and config.export.fold == "distill"
+    return (config.export.rank if distilled else None) or config.adapter.r
+
+
 def require_exportable(run: RunDir, config: Config) -> None:
     """See whether a run can be exported in any form.
 
@@ -88,9 +99,9 @@ def plan(run: RunDir, config: Config) -> dict[str, Any]:
         formats[form] = {"kind": found.kind, "why": found.why, "path": str(path)}
     path = destination(run, export)
     asked: dict[str, Any] = {"format": export.format, "path": str(path), "taken": is_taken(path)}
-    if config.adapter.kind == "queryable" and not export.is_live:
+    if folds(config):
         asked["fold"] = export.fold
-        asked["rank"] = (export.rank if export.fold == "distill" else None) or config.adapter.r
+        asked["rank"] = rank_of(config)
     if config.quantization.kind != "none" and export.format == "merged":
         asked["base"] = export.base
     return {"run_dir": str(run.path), "formats": formats, "export": asked}

@@ -12,6 +12,7 @@ from qmemtune.data.prepared import PreparedData
 from qmemtune.engine.progress import Progress
 from qmemtune.engine.restore import LoadedRun, load_run
 from qmemtune.evaluation.samples import evenly_spaced
+from qmemtune.export.exactness import folds
 from qmemtune.models.loading import load_tokenizer
 from qmemtune.models.sources import Source
 from qmemtune.rundir import RunDir
@@ -40,7 +41,7 @@ class Export:
     @property
     def folds(self) -> bool:
         """Whether routing has to be replaced by static updates."""
-        return self.config.adapter.kind == "queryable" and not self.config.export.is_live
+        return folds(self.config)
 
     @property
     def live(self) -> LoadedRun:

@@ -60,8 +60,8 @@ def study_section(study: Mapping[str, Any], *, among_others: bool) -> str:
     # Folded where the page is rendered, so that what was found is not lost among the tables.
     title = study["title"]
     if among_others:
-        names = [", ".join(part["name"] for part in study[what]) for what in ("variants", "settings")]
-        title += ": {} ({})".format(*names)
+        variants, settings = (", ".join(part["name"] for part in study[what]) for what in ("variants", "settings"))
+        title += f": {variants} ({settings})"
     return "\n\n".join([f"<details><summary><b>{title}</b></summary>", *lines, "</details>"])
 
 

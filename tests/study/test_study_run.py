@@ -225,7 +225,7 @@ def test_results_of_other_variants_are_kept_beside_after_the_name_of_their_folde
     (tmp_path / "methods").symlink_to(done)
     assert main(["study", "regression", "--readme", f"study_dir={tmp_path / 'methods'}"]) == 0
     assert {file.name for file in stored.iterdir()} == {"regression.json", "methods.json"}
-    assert (tmp_path / "README.md").read_text().count("<b>Noisy regression: lora, queryable (") == 2
+    assert (tmp_path / "README.md").read_text().count("<b>Noisy regression: lora, queryable (ample)</b>") == 2
 
 
 def test_what_a_run_does_to_its_base_reaches_no_other():
