@@ -222,8 +222,8 @@ def _show_clustering(console: Console, report: dict[str, Any]) -> None:
         if wordings["nearest_group"] is not None:
             count = len(wordings["wordings"])
             console.print(
-                f"  {wordings['nearest_group']:.0%} of {count} wordings of an instruction route nearest to the other "
-                "wordings of their own group",
+                f"  of {count} wordings of an instruction {wordings['closer_group']:.0%} route closer to the other "
+                f"wordings of their own group than to other groups on average, {wordings['nearest_group']:.0%} nearest",
                 markup=False,
             )
             wrong = [w for w in wordings["wordings"] if w["nearest"] != w["group"]][:SHOWN_INSTRUCTIONS]

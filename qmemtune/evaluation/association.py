@@ -87,14 +87,15 @@ def by_instruction(routes_LNM: Tensor, groups: Sequence[str], instructions: Sequ
     text itself is left out. Groups with a single wording have nothing to compare with and are passed over.
 
     Returns:
-        ``nearest_group`` (share of wordings nearest to their own group, None if there are none) and ``wordings``: a
-        list of ``instruction``, ``group``, ``rows``, ``nearest``, ``distance`` (to the own group) and ``next`` (to the
-        nearest other group).
+        ``nearest_group`` (share of wordings nearest to their own group) and ``closer_group`` (share that is closer to
+        the own group than to the others on average), both None if there are no wordings, and ``wordings``: a list of
+        ``instruction``, ``group``, ``rows``, ``nearest``, ``distance`` (to the own group), ``next`` (to the nearest
+        other group) and ``others`` (mean distance to the other groups).
     """
     wordings = sorted({(group, text) for group, text in zip(groups, instructions, strict=True) if text})
     names = sorted({group for group, _ in wordings})
     if len(wordings) > MOST_INSTRUCTIONS or len(names) < 2:
-        return {"nearest_group": None, "wordings": []}
+        return {"nearest_group": None, "closer_group": None, "wordings": []}
     positions = {wording: i for i, wording in enumerate(wordings)}
     which = [positions.get((group, text), -1) for group, text in zip(groups, instructions, strict=True)]
     members = [[row for row, wording in enumerate(which) if wording == i] for i in range(len(wordings))]
@@ -106,8 +107,7 @@ def by_instruction(routes_LNM: Tensor, groups: Sequence[str], instructions: Sequ
         own = distances[i, index[i]].item()
         if own == float("inf"):
             continue
-        others = distances[i].clone()
-        others[index[i]] = torch.inf
+        others = distances[i][torch.arange(len(names)) != index[i]]
         found.append(
             {
                 "instruction": text,
@@ -116,10 +116,16 @@ def by_instruction(routes_LNM: Tensor, groups: Sequence[str], instructions: Sequ
                 "nearest": names[int(distances[i].argmin())],
                 "distance": own,
                 "next": others.min().item(),
+                "others": others.mean().item(),
             }
         )
-    share = sum(w["nearest"] == w["group"] for w in found) / len(found) if found else None
-    return {"nearest_group": share, "wordings": found}
+    if not found:
+        return {"nearest_group": None, "closer_group": None, "wordings": []}
+    return {
+        "nearest_group": sum(w["nearest"] == w["group"] for w in found) / len(found),
+        "closer_group": sum(w["distance"] < w["others"] for w in found) / len(found),
+        "wordings": found,
+    }
 
 
 def group_index(groups: Sequence[str]) -> Tensor:

@@ -37,4 +37,15 @@ def test_wordings_are_compared_with_the_other_wordings_of_their_group():
     assert nearest == {"A1": "a", "A2": "a", "B1": "b", "B2": "b", "B3": "a"}
     assert found["nearest_group"] == 0.8
     # One wording a group: nothing to compare with.
-    assert by_instruction(APART, GROUPS, GROUPS) == {"nearest_group": None, "wordings": []}
+    assert by_instruction(APART, GROUPS, GROUPS) == {"nearest_group": None, "closer_group": None, "wordings": []}
+
+
+def test_a_wording_may_be_closer_to_its_own_group_than_to_the_others_and_not_nearest():
+    routes = torch.tensor([[[1.0, 0.0, 0.0]], [[0.6, 0.4, 0.0]], [[0.4, 0.6, 0.0]], [[0.0, 0.0, 1.0]]])
+    found = by_instruction(routes, ["a", "a", "b", "c"], ["A1", "A2", "B", "C"])
+    nearest = {wording["instruction"]: wording["nearest"] for wording in found["wordings"]}
+    assert nearest == {"A1": "a", "A2": "b"}
+    assert (found["nearest_group"], found["closer_group"]) == (0.5, 1.0)
+    own, others = [[w[kind] for w in found["wordings"]] for kind in ("distance", "others")]
+    assert own == pytest.approx([0.32**0.5, 0.32**0.5])
+    assert others == pytest.approx([((0.72**0.5) + 2**0.5) / 2, ((0.08**0.5) + 1.52**0.5) / 2])
