@@ -28,6 +28,7 @@ VARIANTS = (
         (*PRIOR, "adapter.prior_temperature_final=0.2", "adapter.prior_schedule_share=0.5"),
         "prior whose temperature falls from 1 to 0.2 over the first half",
     ),
+    Variant("lora", ("adapter=lora",), "LoRA"),
 )
 
 SETTINGS = (
