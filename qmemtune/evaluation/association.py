@@ -5,7 +5,7 @@ Tensor letters: L rows, N blocks, M atoms, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def by_instruction(routes_LNM: Tensor, groups: Sequence[str], instructions: Sequ
     wordings = sorted({(group, text) for group, text in zip(groups, instructions, strict=True) if text})
     names = sorted({group for group, _ in wordings})
     if len(wordings) > MOST_INSTRUCTIONS or len(names) < 2:
-        return {"nearest_group": None, "closer_group": None, "wordings": []}
+        return _of_wordings([])
     positions = {wording: i for i, wording in enumerate(wordings)}
     which = [positions.get((group, text), -1) for group, text in zip(groups, instructions, strict=True)]
     members = [[row for row, wording in enumerate(which) if wording == i] for i in range(len(wordings))]
@@ -119,11 +119,16 @@ def by_instruction(routes_LNM: Tensor, groups: Sequence[str], instructions: Sequ
                 "others": others.mean().item(),
             }
         )
-    if not found:
-        return {"nearest_group": None, "closer_group": None, "wordings": []}
+    return _of_wordings(found)
+
+
+def _of_wordings(found: list[dict[str, Any]]) -> dict[str, Any]:
+    def share(hits: Iterable[bool]) -> float | None:
+        return sum(hits) / len(found) if found else None
+
     return {
-        "nearest_group": sum(w["nearest"] == w["group"] for w in found) / len(found),
-        "closer_group": sum(w["distance"] < w["others"] for w in found) / len(found),
+        "nearest_group": share(w["nearest"] == w["group"] for w in found),
+        "closer_group": share(w["distance"] < w["others"] for w in found),
         "wordings": found,
     }
 
